@@ -1,0 +1,50 @@
+"""The Ray cluster that stages run on: the one that is there, or one of this machine's own."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+
+from pipelines.errors import UsageError
+from pipelines.progress import say
+from pipelines.storage import is_local
+
+# Two processes on two cores with OpenMP's spinning threads run ten times slower than without.
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+
+
+def connect() -> None:
+    """Attach to $RAY_ADDRESS or a cluster started on this machine, else start one; nothing if already attached.
+
+    `RAY_ADDRESS=local` always starts one of its own.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # report() waits for the next check
+    environment = WORKER_ENVIRONMENT | {k: v for k, v in os.environ.items() if k.startswith("RAY_TRAIN_")}
+    try:
+        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": environment})
+    except ConnectionError as error:
+        raise UsageError(f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: {error}") from error
+    resources = ray.cluster_resources()
+    say(f"Ray: {len(nodes())} node(s), {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs")
+
+
+def nodes() -> list[dict[str, object]]:
+    """The nodes that are alive."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def has_gpu() -> bool:
+    return bool(ray.cluster_resources().get("GPU", 0))
+
+
+def refuse_local(uri: str, what: str) -> None:
+    """On more than one node a local path means another folder on each: raise UsageError."""
+    if is_local(uri) and len(nodes()) > 1:
+        raise UsageError(
+            f"{what} is the local path {uri}, but the cluster has {len(nodes())} nodes, which would each see their own; "
+            "use object storage or a shared file system under an fsspec URI"
+        )

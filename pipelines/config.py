@@ -1,0 +1,303 @@
+"""The recipe: one pydantic model for each stage, YAML in, clear errors out.
+
+Every field has its reason in `description`, which `--help` and error messages use. A key that does not exist is an error:
+a misspelt setting that is ignored costs a night of training. What is under `runtime:` says where a stage runs, not what it
+computes, and is left out of its fingerprint.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipelines.errors import UsageError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Section(BaseModel):
+    """Base of everything in a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class PrepareConfig(Section):
+    """Folders of image and mask pairs -> a sharded dataset."""
+
+    source: str | None = Field(None, description="URI of a folder: images/{split}, masks/{split}, classes.json; by default generated scenes")
+    val_fraction: float = Field(0.2, gt=0, lt=1, description="share of the groups that becomes val where there are no split folders")
+    group_pattern: str | None = Field(None, description="regular expression on the key whose first group names what must not be split, such as a video")
+    max_reject_rate: float = Field(0.01, ge=0, le=1, description="the stage fails if a larger share of the pairs is rejected")
+    shard_rows: int = Field(512, ge=1, description="images in a shard")
+    row_group_rows: int = Field(16, ge=1, description="images in a row group, what a reader reads at once")
+    seed: int = Field(0, ge=0, description="of the split and of generated scenes")
+
+
+class ModelConfig(Section):
+    """What is trained; the fields of repsep_model.SegmentorConfig that a recipe may set."""
+
+    backbone: str = Field("vit_tiny_patch16_224", description="timm model name")
+    backbone_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for timm.create_model")
+    pretrained: bool | str = Field(False, description="false, true (timm's weights by name) or a file of backbone weights")
+    width: int | None = Field(None, ge=8, description="channels of our parts")
+    stride: Literal[4, 8, 16, 32] = Field(8, description="pixels between the locations of our parts")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth of the backbone")
+    local_pathway: bool = Field(True, description="the second pathway that restores local detail")
+    local_discrepancy: bool = Field(True, description="the pathway's discrepancy term")
+    separation: Literal["none", "local", "region"] = Field("region", description="how deep representations are separated")
+    cross_attention: int = Field(1, ge=0, description="layers of discriminative cross-attention")
+    window: int = Field(512, ge=32, description="side of the sliding window for large images")
+
+
+class LossConfig(Section):
+    """Loss weights; 0 leaves a term out. `make sweep` searches the separation weights."""
+
+    ce: float = Field(1.0, ge=0, description="cross-entropy")
+    ohem: float = Field(0.0, ge=0, description="cross-entropy of hard pixels only")
+    dice: float = Field(0.0, ge=0, description="soft Dice")
+    lovasz: float = Field(0.0, ge=0, description="Lovasz-softmax")
+    local: float = Field(0.4, ge=0, description="head of the local pathway")
+    coarse: float = Field(0.4, ge=0, description="coarse logits")
+    attention: float = Field(0.4, ge=0, description="attention as mask")
+    identity: float = Field(0.1, ge=0, description="is a class in the image")
+    region: float = Field(0.1, ge=0, description="regions of present classes apart")
+    patch: float = Field(0.1, ge=0, description="patches to their class centre")
+    classes: tuple[float, ...] | None = Field(None, description="weight of each class in ce")
+
+
+class AugmentConfig(Section):
+    """Training augmentation."""
+
+    crop: int = Field(192, ge=32, description="side of the square crop in pixels")
+    scale: tuple[float, float] = Field((0.5, 2.0), description="range of the random scale")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    photometric: float = Field(0.5, ge=0, le=1, description="probability of each colour jitter")
+    max_class_share: float = Field(0.75, gt=0, le=1, description="crops with more of one class are drawn again")
+
+
+class TrainRuntime(Section):
+    """Where training runs."""
+
+    workers: int = Field(2, ge=1, description="Ray Train workers, one process each")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs that Ray reserves for a worker")
+    gpu: bool | None = Field(None, description="one GPU for each worker; by default if the cluster has any")
+    max_failures: int = Field(3, ge=-1, description="how often a lost worker group is started again")
+    loader_threads: int = Field(2, ge=1, description="threads that decode and augment in each worker")
+    log_every: int = Field(20, ge=1, description="steps between logged metrics")
+
+
+class TrainConfig(Section):
+    """Distributed training with Ray Train."""
+
+    dataset: str | None = Field(None, description="URI of a prepared dataset; by default the latest prepare's")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    steps: int = Field(400, ge=1, description="optimizer steps")
+    batch_size: int = Field(8, ge=1, description="images in a step over all workers")
+    micro_batch: int | None = Field(None, ge=1, description="images in one forward of a worker; by default all of its share")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    head_lr_scale: float = Field(1.0, gt=0, description="our parts learn at lr times this; 10 is usual on pretrained backbones")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the rate from each backbone layer to the one below")
+    weight_decay: float = Field(0.05, ge=0)
+    warmup_steps: int = Field(30, ge=0, description="steps of linear warm-up")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    ema: float = Field(0.99, ge=0, lt=1, description="decay of the moving average of the weights")
+    bf16: bool = Field(True, description="forward passes in bfloat16 autocast")
+    validate_every: int = Field(100, ge=1, description="steps between validations, each with a checkpoint")
+    validate_images: int | None = Field(None, ge=1, description="validate on the first so many images only")
+    holdout: float = Field(0.0, ge=0, lt=1, description="validate on this share of train instead of val (for sweeps)")
+    seed: int = Field(0, ge=0, description="of weights, order, augmentation and drop path")
+    runtime: TrainRuntime = Field(default_factory=TrainRuntime)
+
+
+class SweepRuntime(Section):
+    """Where the sweep runs."""
+
+    max_concurrent_trials: int | None = Field(None, ge=1, description="by default what the cluster's resources hold")
+    workers_per_trial: int = Field(1, ge=1)
+    max_failures: int = Field(1, ge=0, description="how often a failed trial is tried again")
+
+
+class SearchSpace(Section):
+    """What is searched: a [low, high] pair is log-uniform, a list is a choice."""
+
+    loss: dict[str, tuple[float, float]] = Field(
+        default_factory=lambda: {"local": (0.1, 1.0), "attention": (0.1, 1.0), "region": (0.02, 0.5), "patch": (0.02, 0.5)},
+        description="range of each separation-loss weight",
+    )
+    off: float = Field(0.2, ge=0, lt=1, description="probability that a loss weight is 0 instead")
+    backbones: list[ModelConfig] = Field(
+        default_factory=lambda: [
+            ModelConfig(backbone="vit_tiny_patch16_224", backbone_args={"depth": 4}),
+            ModelConfig(backbone="pvt_v2_b0"),
+        ],
+        min_length=1,
+        description="a choice of models",
+    )
+    lr: tuple[float, float] = Field((5e-4, 2e-3), description="range of the peak learning rate")
+
+
+class SweepConfig(Section):
+    """Hyperparameter search with Ray Tune (ASHA) over loss weights and backbones. What is not searched is `train`'s."""
+
+    dataset: str | None = Field(None, description="URI of a prepared dataset; by default the latest prepare's")
+    trials: int = Field(8, ge=1, description="trials in all, the defaults of `train` being the first")
+    steps: int = Field(120, ge=1, description="optimizer steps of a full trial")
+    validate_every: int = Field(40, ge=1, description="steps between validations, where ASHA may stop a trial")
+    reduction_factor: int = Field(2, ge=2, description="ASHA keeps one in so many at each rung")
+    holdout: float = Field(0.2, gt=0, lt=1, description="share of train that trials are judged on")
+    confirm_seeds: int = Field(1, ge=0, description="fresh seeds with which the best and the default are trained again")
+    search: SearchSpace = Field(default_factory=SearchSpace)
+    seed: int = Field(0, ge=0)
+    runtime: SweepRuntime = Field(default_factory=SweepRuntime)
+
+
+class EvaluateConfig(Section):
+    """Per-class results of a model on a dataset's split."""
+
+    model: str | None = Field(None, description="directory of a segmentor or models:/name@alias; by default the latest train's")
+    dataset: str | None = Field(None, description="URI of a prepared dataset; by default the latest prepare's")
+    split: str = Field("val")
+    overlays: int = Field(6, ge=0, description="images drawn for the report")
+
+
+class RegisterConfig(Section):
+    """A version in the MLflow model registry, and the gate before the alias `champion`."""
+
+    name: str = Field("repsep", min_length=1, description="name of the registered model")
+    max_class_drop: float = Field(0.02, ge=0, description="largest loss of IoU that any class of 1,000 pixels or more may have")
+    bootstrap: int = Field(2000, ge=100, description="resamples of the paired bootstrap over images")
+
+
+class SegmentRuntime(Section):
+    """Where bulk segmentation runs."""
+
+    model_actors: int = Field(1, ge=1, description="actors that hold the model")
+    gpu: bool | None = Field(None, description="a GPU for each model actor; by default if the cluster has any")
+    batch_size: int = Field(8, ge=1, description="images read, segmented and committed together")
+    retries: int = Field(2, ge=0, description="how often work of a lost worker is tried again")
+
+
+class SegmentConfig(Section):
+    """Bulk segmentation: every image under a prefix becomes a mask and a row."""
+
+    source: str | None = Field(None, description="URI of a prefix of images or of one image")
+    target: str | None = Field(None, description="URI of the output prefix")
+    model: str | None = Field(None, description="models:/name@alias, models:/name/version or a directory; by default the registered champion")
+    include: tuple[str, ...] = Field((".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"), description="extensions that are images")
+    confidence: bool = Field(False, description="also write the confidence as 8-bit PNG")
+    bf16: bool = Field(True, description="run the model in bfloat16 autocast")
+    pixel_budget: int = Field(4 * 1024 * 1024, ge=1024, description="images over this many pixels go by windows")
+    max_pixels: int = Field(512 * 1024 * 1024, ge=1024, description="images over this many pixels are refused, as failed rows")
+    max_failure_rate: float = Field(0.5, ge=0, le=1, description="stop when a larger share of the images fails")
+    overwrite: bool = Field(False, description="replace an output that another model wrote")
+    retry_failed: bool = Field(False, description="take failed images again")
+    limit: int | None = Field(None, ge=1, description="segment at most this many images")
+    runtime: SegmentRuntime = Field(default_factory=SegmentRuntime)
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str | None = Field(None, description="tracking URI; by default $MLFLOW_TRACKING_URI, else sqlite in the workspace's home")
+    experiment: str = Field("repsep", min_length=1)
+
+
+class Recipe(Section):
+    """One file for all stages."""
+
+    workspace: str | None = Field(None, description="URI under which stages write; by default $REPSEP_HOME/workspace or .repsep/workspace")
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    prepare: PrepareConfig = Field(default_factory=PrepareConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    sweep: SweepConfig | None = Field(None, description="left out: the workflow does not sweep")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    register_: RegisterConfig = Field(default_factory=RegisterConfig, alias="register")
+    segment: SegmentConfig | None = Field(None, description="left out: the workflow ends with register")
+
+
+def load_recipe(path: str | Path | None, settings: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `section.key=value` settings (values are YAML). Raises UsageError naming the key.
+
+    A bare name such as `demo` is one of the recipes that come with the package.
+    """
+    values: dict[str, Any] = {}
+    where = "defaults"
+    if path is not None:
+        file = Path(path)
+        if not file.exists() and file.name == str(path) and not file.suffix:
+            file = RECIPES / f"{path}.yaml"
+        where = str(file)
+        values = _read_yaml(file)
+    for setting in settings:
+        _apply(values, setting)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UsageError("\n".join(f"{where}: {line}" for line in _explain(error))) from error
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text())
+    except FileNotFoundError as error:
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise UsageError(f"there is no recipe {file}; give a path, or one that comes with repsep: {known}") from error
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{file} is not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{file} must hold sections such as `train:`, it holds a {type(values).__name__}")
+    return values
+
+
+def _apply(values: dict[str, Any], setting: str) -> None:
+    name, equals, text = setting.partition("=")
+    if not equals or not name.strip():
+        raise UsageError(f"--set {setting}: write section.key=value, for example train.steps=200")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {setting}: the value is not valid YAML: {error}") from error
+    *parents, last = name.strip().split(".")
+    place = values
+    for parent in parents:
+        inner = place.get(parent)
+        place[parent] = inner if isinstance(inner, dict) else {}
+        place = place[parent]
+    place[last] = value
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{key}: there is no such key{_near(problem['loc'])}")
+        else:
+            lines.append(f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})")
+    return lines
+
+
+def _near(loc: tuple[int | str, ...]) -> str:
+    """The closest key that does exist in that section."""
+    model: type[BaseModel] | None = Recipe
+    for part in loc[:-1]:
+        names = {(f.alias or n): f for n, f in model.model_fields.items()} if model is not None else {}
+        annotation = names[str(part)].annotation if str(part) in names else None
+        members = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((m for m in members if isinstance(m, type) and issubclass(m, BaseModel)), None)
+    if model is None:
+        return ""
+    known = [f.alias or n for n, f in model.model_fields.items()]
+    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"

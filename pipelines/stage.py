@@ -1,0 +1,242 @@
+"""What a stage is: a fingerprint of all that decides its result, a folder of its own, a receipt at the end.
+
+    <workspace>/<stage>/<fingerprint[:12]>/_STARTED.json    first: the MLflow run to continue
+                                           ...              what the stage makes
+                                           _SUCCESS.json    last, in one PUT: what went in, what came out, its own digest
+
+A receipt with the same fingerprint means that the work is done. Resuming a workflow is running it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import Section
+from pipelines.errors import RepsepError, StorageError
+from pipelines.storage import Folder
+
+STARTED, SUCCESS, LEASE = "_STARTED.json", "_SUCCESS.json", "_LEASE.json"
+LEASE_REFRESH_S = 20.0
+LEASE_EXPIRES_S = 90.0
+RECORDED_PACKAGES = ("ray", "torch", "torchvision", "timm", "mlflow", "pyarrow", "numpy", "pillow", "fsspec", "s3fs")
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What `_SUCCESS.json` says. `results` are the stage's figures, `outputs` its files with size and SHA-256."""
+
+    stage: str
+    fingerprint: str
+    uri: str
+    inputs: dict[str, str]
+    results: dict[str, Any]
+    outputs: dict[str, dict[str, Any]]
+    finished_at: float
+    seconds: float
+    digest: str
+    cached: bool = field(default=False, compare=False)
+
+    @property
+    def folder(self) -> Folder:
+        return Folder(self.uri)
+
+
+@dataclass
+class StageRun:
+    """A stage at work: its folder, what was recorded at its start, and where it puts its figures."""
+
+    folder: Folder
+    fingerprint: str
+    started: dict[str, Any]
+    results: dict[str, Any] = field(default_factory=dict)
+    outputs: list[str] = field(default_factory=list)
+
+
+def run_stage(
+    name: str,
+    *,
+    workspace: str,
+    config: Section,
+    inputs: Mapping[str, str],
+    packages: Iterable[str],
+    body: Callable[[StageRun], None],
+    lease: bool = False,
+    begin: Callable[[], Mapping[str, Any]] | None = None,
+) -> Receipt:
+    """Run `body` unless a receipt says that it is done.
+
+    `inputs` are digests by name; `packages` those of this project that the stage imports, whose source counts; `begin`
+    gives what `_STARTED.json` keeps for a run that continues this one. With `lease`, a second run at the same time is
+    refused.
+    """
+    fingerprint = fingerprint_of(name, config, inputs, packages)
+    folder = Folder(workspace) / name / fingerprint[:12]
+    if (done := read_receipt(folder)) is not None and _outputs_whole(folder, done):
+        return Receipt(**(_fields(done) | {"cached": True}))
+    began = time.time()
+    with _Lease(folder, name) if lease else contextlib.nullcontext():
+        run = StageRun(folder, fingerprint, _started(folder, begin))
+        body(run)
+        receipt = {
+            "stage": name,
+            "fingerprint": fingerprint,
+            "uri": folder.uri,
+            "inputs": dict(inputs),
+            "config": config.model_dump(mode="json"),
+            "results": run.results,
+            "outputs": {key: {"size": folder.size_of(key), "sha256": folder.sha256(key)} for key in sorted(run.outputs)},
+            "revision": git_revision(),
+            "versions": package_versions(),
+            "finished_at": time.time(),
+            "seconds": round(time.time() - began, 3),
+        }
+        receipt["digest"] = digest_of(receipt)
+        folder.write(SUCCESS, json.dumps(receipt, indent=1, sort_keys=True).encode())
+    return Receipt(**_fields(receipt))
+
+
+def latest_receipt(workspace: str, stage: str) -> Receipt:
+    """The receipt of the stage that finished last in this workspace. Raises RepsepError if there is none."""
+    found = []
+    root = Folder(workspace) / stage
+    for name in root.subfolders():
+        if (values := read_receipt(root / name)) is not None:
+            found.append(Receipt(**_fields(values)))
+    if not found:
+        raise RepsepError(f"no finished {stage} in {workspace}; run `repsep {stage}` with the same recipe first")
+    return max(found, key=lambda receipt: receipt.finished_at)
+
+
+def read_receipt(folder: Folder) -> dict[str, Any] | None:
+    """The receipt in a stage's folder, None where the stage has not finished. Raises RepsepError if it was altered."""
+    data = folder.read_if_present(SUCCESS)
+    if data is None:
+        return None
+    receipt: dict[str, Any] = json.loads(data)
+    if receipt.pop("digest", None) != (digest := digest_of(receipt)):
+        raise RepsepError(f"{folder.uri_of(SUCCESS)} does not match its own digest; delete that folder to run the stage again")
+    return receipt | {"digest": digest}
+
+
+def fingerprint_of(name: str, config: Section, inputs: Mapping[str, str], packages: Iterable[str]) -> str:
+    """SHA-256 of the config without its `runtime` part, the input digests and the code version."""
+    settings = config.model_dump(mode="json", exclude={"runtime"})
+    return digest_of({"stage": name, "config": settings, "inputs": dict(inputs), "code": code_version(packages)})
+
+
+def code_version(packages: Iterable[str]) -> str:
+    """SHA-256 over the .py files of packages of this project. The git revision says less: it changes with the README."""
+    digest = hashlib.sha256()
+    for package in sorted(packages):
+        (root,) = importlib.import_module(package).__path__
+        for file in sorted(Path(root).rglob("*.py")):
+            digest.update(f"{package}/{file.relative_to(root).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON value in its canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
+
+
+def git_revision() -> str | None:
+    """The checkout's revision where there is one; recorded, never compared."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def _fields(receipt: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("stage", "fingerprint", "uri", "inputs", "results", "outputs", "finished_at", "seconds", "digest")
+    return {name: receipt[name] for name in names}
+
+
+def _outputs_whole(folder: Folder, receipt: Mapping[str, Any]) -> bool:
+    return all(folder.size_of(key) == output["size"] for key, output in receipt["outputs"].items())
+
+
+def _started(folder: Folder, begin: Callable[[], Mapping[str, Any]] | None) -> dict[str, Any]:
+    data = folder.read_if_present(STARTED)
+    if data is None:
+        found = dict(begin()) if begin is not None else {}
+        folder.create(STARTED, json.dumps(found | {"started_at": time.time()}).encode())
+        data = folder.read(STARTED)
+    values: dict[str, Any] = json.loads(data)
+    return values
+
+
+class _Lease:
+    """An object refreshed every 20 s by the one run that may write here; another may take over after 90 s of silence.
+
+    A holder on this machine whose process is gone is silent for good, so it is not waited for.
+    """
+
+    def __init__(self, folder: Folder, stage: str) -> None:
+        self.folder, self.stage = folder, stage
+        self.owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": os.urandom(8).hex()}
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._refresh, daemon=True, name=f"lease-{stage}")
+
+    def __enter__(self) -> None:
+        if not self.folder.create(LEASE, self._content()):
+            holder = json.loads(self.folder.read_if_present(LEASE) or b"{}")
+            age = time.time() - holder.get("renewed_at", 0)
+            if age < LEASE_EXPIRES_S and not _is_gone(holder):
+                raise RepsepError(
+                    f"another {self.stage} with this config is at work in {self.folder.uri} (host {holder.get('host')}, process "
+                    f"{holder.get('pid')}, last heard of {age:.0f} s ago); wait for it, or {LEASE_EXPIRES_S:.0f} s if it is dead"
+                )
+            self.folder.write(LEASE, self._content())
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        self.thread.join()
+        self.folder.delete(LEASE)
+
+    def _content(self) -> bytes:
+        return json.dumps(self.owner | {"renewed_at": time.time()}).encode()
+
+    def _refresh(self) -> None:
+        while not self.stopped.wait(LEASE_REFRESH_S):
+            with contextlib.suppress(StorageError):  # three refreshes may be missed before the lease expires
+                self.folder.write(LEASE, self._content())
+
+
+def _is_gone(holder: Mapping[str, Any]) -> bool:
+    if holder.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(int(holder.get("pid", 0)), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

@@ -1,0 +1,73 @@
+"""Discriminative cross-attention: class queries gather regions that compete for each location.
+
+The paper (arXiv 2212.13764) gives the name and the purpose, more discriminative region representations through auxiliary
+supervision; the inside is ours.
+Shapes: B batch, D width, K classes, h x w grid, N = h * w.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repsep_model.layers import ChannelNorm
+
+
+@dataclass(frozen=True)
+class Regions:
+    """What cross-attention finds: region vectors, class scores, and the last layer's attention."""
+
+    regions_BKD: Tensor
+    scores_BKhw: Tensor
+    attention_BKhw: Tensor
+
+
+class CrossAttentionLayer(nn.Module):
+    """One exchange between K queries and N locations."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query_norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Conv2d(width, 2 * width, 1)
+        self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, queries_BKD: Tensor, f_BDhw: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the queries that have read their regions, (B, K, D), and the attention logits (B, K, N)."""
+        key_BDN, value_BDN = self.key_value(f_BDhw).flatten(2).chunk(2, dim=1)
+        query_BKD = self.query(self.query_norm(queries_BKD))
+        attention_BKN = (query_BKD @ key_BDN).float() * query_BKD.shape[-1] ** -0.5
+        share_BKN = attention_BKN.softmax(dim=1)  # over classes: regions compete for each location
+        weight_BKN = share_BKN / share_BKN.sum(dim=2, keepdim=True).clamp_min(1e-6)
+        regions_BKD = weight_BKN.to(value_BDN.dtype) @ value_BDN.transpose(1, 2)
+        queries_BKD = queries_BKD + regions_BKD
+        return queries_BKD + self.ffn(queries_BKD), attention_BKN
+
+
+class DiscriminativeCrossAttention(nn.Module):
+    """F' -> class scores tau * cos(R_k, embed(F')), to be added to a linear classifier's.
+
+    R_k is the projection of class k's query after the last layer: what the class looks like in this image.
+    """
+
+    def __init__(self, width: int, num_classes: int, layers: int, *, tau: float = 4.0) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(num_classes, width) * 0.02)
+        self.layers = nn.ModuleList(CrossAttentionLayer(width) for _ in range(layers))
+        self.region_norm = nn.LayerNorm(width)
+        self.region = nn.Linear(width, width)
+        self.embed = nn.Sequential(ChannelNorm(width), nn.Conv2d(width, width, 1))
+        self.tau = nn.Parameter(torch.tensor(tau))
+
+    def forward(self, f_BDhw: Tensor) -> Regions:
+        B, _, h, w = f_BDhw.shape
+        queries_BKD = self.queries.expand(B, -1, -1)
+        for layer in self.layers:
+            queries_BKD, attention_BKN = layer(queries_BKD, f_BDhw)
+        regions_BKD = self.region(self.region_norm(queries_BKD))
+        embedded_BDN = self.embed(f_BDhw).flatten(2)
+        cosine_BKN = F.normalize(regions_BKD.float(), dim=2) @ F.normalize(embedded_BDN.float(), dim=1)
+        return Regions(regions_BKD, (self.tau * cosine_BKN).view(B, -1, h, w), attention_BKN.view(B, -1, h, w))

@@ -1,0 +1,114 @@
+"""Paired image and mask augmentation, and the counter-based randomness behind it.
+
+Every random number of a sample comes from `sample_rng(seed, epoch, index)`: nothing depends on which worker or thread asks.
+Shapes: H x W pixels of the source, S the crop's side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as TF
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+
+from repsep_model.images import UInt8
+from repsep_model.labels import IGNORE_INDEX
+
+CROP_TRIES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Training augmentation: scale jitter, crop, flip, photometric distortion."""
+
+    crop: int
+    """S, side of the square crop in pixels."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Range of the random scale, drawn log-uniformly."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    photometric: float = 0.5
+    """Probability of each of brightness, contrast, saturation and hue jitter."""
+    max_class_share: float = 0.75
+    """A crop in which one class has more of the labelled pixels is drawn again, up to 10 times (cat_max_ratio)."""
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator of one sample in one epoch; a function of its arguments only (Philox, counter-based)."""
+    return np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), (epoch << 40) + index]))
+
+
+def augment(
+    image: UInt8, mask: UInt8, rng: np.random.Generator, how: Augmentation, fill: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """(H, W, 3) and (H, W) uint8 -> (3, S, S) and (S, S) uint8. Pads with the mean colour `fill` and IGNORE_INDEX."""
+    height, width = mask.shape
+    scale = float(np.exp(rng.uniform(*np.log(how.scale))))
+    size = [max(1, round(height * scale)), max(1, round(width * scale))]
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    labels = torch.from_numpy(np.ascontiguousarray(mask))[None]
+    top, left = _choose_crop(_nearest(mask, size), how, rng)
+    if size != [height, width]:
+        pixels = TF.resize(pixels, size, InterpolationMode.BILINEAR, antialias=scale < 1)
+        labels = TF.resize(labels, size, InterpolationMode.NEAREST_EXACT)
+    side = how.crop
+    pixels, labels = pixels[:, top : top + side, left : left + side], labels[:, top : top + side, left : left + side]
+    below, right = side - pixels.shape[1], side - pixels.shape[2]
+    if below or right:
+        padded = torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1).repeat(1, side, side)
+        padded[:, : side - below, : side - right] = pixels
+        pixels = padded
+        labels = TF.pad(labels, [0, 0, right, below], fill=[IGNORE_INDEX])
+    if rng.random() < how.flip:
+        pixels, labels = pixels.flip(2), labels.flip(2)
+    return _photometric(pixels, rng, how.photometric).contiguous(), labels[0].contiguous()
+
+
+def canvas(image: UInt8, multiple: int, fill: Sequence[int]) -> UInt8:
+    """The image at the top left of a canvas whose sides are multiples of `multiple`, filled with the mean colour."""
+    height, width = image.shape[:2]
+    if height % multiple == 0 and width % multiple == 0:
+        return image
+    out = np.empty((height + -height % multiple, width + -width % multiple, 3), np.uint8)
+    out[:] = np.asarray(fill, np.uint8)
+    out[:height, :width] = image
+    return out
+
+
+def _nearest(mask: UInt8, size: Sequence[int]) -> UInt8:
+    """A coarse look at the scaled mask: enough to judge the class shares of a crop."""
+    rows = (np.arange(size[0]) * (mask.shape[0] / size[0])).astype(np.int64)
+    columns = (np.arange(size[1]) * (mask.shape[1] / size[1])).astype(np.int64)
+    return mask[rows][:, columns]
+
+
+def _choose_crop(scaled: UInt8, how: Augmentation, rng: np.random.Generator) -> tuple[int, int]:
+    for _ in range(CROP_TRIES):
+        top = int(rng.integers(max(scaled.shape[0] - how.crop, 0) + 1))
+        left = int(rng.integers(max(scaled.shape[1] - how.crop, 0) + 1))
+        crop = scaled[top : top + how.crop, left : left + how.crop]
+        counts: NDArray[np.int64] = np.bincount(crop.ravel(), minlength=256)[:IGNORE_INDEX]
+        if counts.sum() and counts.max() < how.max_class_share * counts.sum():
+            break
+    return top, left
+
+
+def _photometric(pixels: Tensor, rng: np.random.Generator, probability: float) -> Tensor:
+    """Brightness and contrast first or last, saturation and hue; each with `probability` (after SSD, Liu et al. 2016)."""
+    draws = rng.random(4) < probability
+    brightness, contrast, saturation = rng.uniform(0.7, 1.3, 3)
+    hue = rng.uniform(-0.05, 0.05)
+    if draws[0]:
+        pixels = TF.adjust_brightness(pixels, float(brightness))
+    if draws[1]:
+        pixels = TF.adjust_contrast(pixels, float(contrast))
+    if draws[2]:
+        pixels = TF.adjust_saturation(pixels, float(saturation))
+    if draws[3]:
+        pixels = TF.adjust_hue(pixels, float(hue))
+    return pixels
