@@ -193,6 +193,7 @@ class SegmentConfig(Section):
     include: tuple[str, ...] = Field((".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"), description="extensions that are images")
     confidence: bool = Field(False, description="also write the confidence as 8-bit PNG")
     bf16: bool = Field(True, description="run the model in bfloat16 autocast")
+    model_batch: int = Field(1, ge=1, description="images of one shape in a call of the model; 8 to 32 suit a GPU")
     pixel_budget: int = Field(4 * 1024 * 1024, ge=1024, description="images over this many pixels go by windows")
     max_pixels: int = Field(512 * 1024 * 1024, ge=1024, description="images over this many pixels are refused, as failed rows")
     max_failure_rate: float = Field(0.5, ge=0, le=1, description="stop when a larger share of the images fails")
@@ -231,7 +232,7 @@ def load_recipe(path: str | Path | None, settings: Sequence[str] = ()) -> Recipe
     where = "defaults"
     if path is not None:
         file = Path(path)
-        if not file.exists() and file.name == str(path) and not file.suffix:
+        if not file.is_file() and file.name == str(path) and not file.suffix:
             file = RECIPES / f"{path}.yaml"
         where = str(file)
         values = _read_yaml(file)

@@ -75,17 +75,18 @@ def run_stage(
     packages: Iterable[str],
     body: Callable[[StageRun], None],
     lease: bool = False,
+    again: bool = False,
     begin: Callable[[], Mapping[str, Any]] | None = None,
 ) -> Receipt:
     """Run `body` unless a receipt says that it is done.
 
     `inputs` are digests by name; `packages` those of this project that the stage imports, whose source counts; `begin`
     gives what `_STARTED.json` keeps for a run that continues this one. With `lease`, a second run at the same time is
-    refused.
+    refused; with `again` a receipt that is there does not count.
     """
     fingerprint = fingerprint_of(name, config, inputs, packages)
     folder = Folder(workspace) / name / fingerprint[:12]
-    if (done := read_receipt(folder)) is not None and _outputs_whole(folder, done):
+    if not again and (done := read_receipt(folder)) is not None and _outputs_whole(folder, done):
         return Receipt(**(_fields(done) | {"cached": True}))
     began = time.time()
     with _Lease(folder, name) if lease else contextlib.nullcontext():

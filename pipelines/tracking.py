@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.http_dataset_source import HTTPDatasetSource
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from pipelines.config import TrackingConfig
@@ -40,8 +42,9 @@ def tracking_uri(config: TrackingConfig) -> str:
 
 
 def client_for(uri: str) -> MlflowClient:
-    """An MLflow client; usage telemetry is switched off for this process."""
+    """An MLflow client; usage telemetry and download bars are switched off for this process."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -138,3 +141,34 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> str:
             raise
         return str(found.experiment_id)
     return created
+
+
+def registered_version(config: TrackingConfig, name: str, *, alias: str | None = None, version: str | None = None) -> ModelVersion:
+    """A version from the registry by alias or number. Raises RepsepError saying what there is instead."""
+    uri = tracking_uri(config)
+    client = client_for(uri)
+    try:
+        if alias is not None:
+            return client.get_model_version_by_alias(name, alias)
+        return client.get_model_version(name, str(version))
+    except MlflowException as error:
+        wanted = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
+        try:
+            there = [m.name for m in client.search_registered_models(max_results=20)]
+        except MlflowException as broken:
+            raise RepsepError(f"MLflow at {uri} cannot be used: {broken.message}") from broken
+        known = f"registered are: {', '.join(there)}" if there else "nothing is registered there yet"
+        raise RepsepError(f"{wanted} is not in the registry at {uri}; {known}. Run `repsep register`, or give another --model") from error
+
+
+def download_registered(config: TrackingConfig, name: str, *, alias: str | None, version: str | None, to: Path) -> str:
+    """Download a registered model's segmentor files into `to`; returns `name/version`."""
+    found = registered_version(config, name, alias=alias, version=version)
+    uri = tracking_uri(config)
+    client = client_for(uri)
+    source = client.get_model_version_download_uri(name, found.version)
+    with tempfile.TemporaryDirectory() as temporary:
+        local = Path(download_artifacts(artifact_uri=f"{source}/artifacts/segmentor", dst_path=temporary, tracking_uri=uri))
+        for file in local.iterdir():
+            (to / file.name).write_bytes(file.read_bytes())
+    return f"{name}/{found.version}"

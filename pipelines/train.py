@@ -157,7 +157,7 @@ def _fit(run: StageRun, recipe: Recipe, dataset: Dataset) -> None:
 def train_loop(settings: dict[str, Any]) -> str | None:
     """What every worker runs. Returns why training stopped early, or None."""
     config = TrainConfig.model_validate(settings["config"])
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it prints every reported metric of every rank
+    logging.getLogger("ray.train.v2").setLevel(logging.WARNING)  # it prints every reported metric of every rank
     # Our norms leave channels-last strides on 1 x 1 convolutions; DDP copies those few gradients and says so each time.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     worker = _Worker.start(config, open_dataset(settings["dataset"]))
@@ -281,7 +281,7 @@ class _Worker:
                 self.best_miou, self.best_step = scores.miou, self.state.step
                 self.best = None
             metrics = metrics | {f"val/{name}": value for name, value in scores.means().items()}
-            metrics |= {"step": self.state.step, "best_miou": self.best_miou, "best_step": self.best_step}
+            metrics |= {"miou": scores.miou, "step": self.state.step, "best_miou": self.best_miou, "best_step": self.best_step}
             metrics["parameters"] = sum(p.numel() for p in self.state.raw.parameters())
             checkpoint = None
             if self.rank == 0:

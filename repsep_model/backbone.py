@@ -25,11 +25,15 @@ class Backbone(nn.Module):
     Raises ValueError for a name that timm does not know or a model that has no `forward_intermediates`.
     """
 
+    model: Any  # timm's verbs are not part of nn.Module's type
+
     def __init__(self, name: str, *, pretrained: bool = False, drop_path: float = 0.0, args: Mapping[str, Any]) -> None:
         super().__init__()
         self.model = _create(name, pretrained=pretrained, drop_path=drop_path, args=args)
         if not hasattr(self.model, "forward_intermediates"):
-            raise ValueError(f"backbone {name!r} gives no intermediate maps (timm's forward_intermediates); choose another")
+            raise ValueError(
+                f"backbone {name!r} gives no intermediate maps (timm's forward_intermediates); choose another"
+            )
         info = list(self.model.feature_info)
         strides = [int(entry["reduction"]) for entry in info]
         self.plain = len(set(strides)) == 1

@@ -51,10 +51,14 @@ def load_segmentor(directory: str | Path) -> Segmentor:
     try:
         settings = json.loads((directory / SETTINGS).read_text())
         if settings.get("format") != FORMAT:
-            raise CheckpointError(f"{directory / SETTINGS} has format {settings.get('format')}, this version reads {FORMAT}")
+            raise CheckpointError(
+                f"{directory / SETTINGS} has format {settings.get('format')}, this version reads {FORMAT}"
+            )
         model = build_segmentor(SegmentorConfig.from_dict(settings["config"])).for_inference()
         model.load_state_dict(load_file(directory / WEIGHTS))
-    except (KeyError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
     return model
 
@@ -109,6 +113,8 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{file} cannot be read as weights: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file} holds a {type(state).__name__}, not a state dict")
     for key in ("state_dict", "model", "module"):
         if isinstance(state.get(key), dict):
             state = state[key]

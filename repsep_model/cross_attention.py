@@ -1,7 +1,7 @@
 """Discriminative cross-attention: class queries gather regions that compete for each location.
 
-The paper (arXiv 2212.13764) gives the name and the purpose, more discriminative region representations through auxiliary
-supervision; the inside is ours.
+The paper (arXiv 2212.13764) gives the name and the purpose, more discriminative region representations through
+auxiliary supervision; the inside is ours.
 Shapes: B batch, D width, K classes, h x w grid, N = h * w.
 """
 
@@ -33,7 +33,9 @@ class CrossAttentionLayer(nn.Module):
         self.query_norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, width)
         self.key_value = nn.Conv2d(width, 2 * width, 1)
-        self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.ffn = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, queries_BKD: Tensor, f_BDhw: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the queries that have read their regions, (B, K, D), and the attention logits (B, K, N)."""

@@ -1,7 +1,7 @@
 """How over-smooth a transformer is and how separate its representations are, measured on images.
 
-Over-smoothness of a map is the mean cosine between its locations (1: all alike). Separation compares the mean cosine within
-classes with that between class centres, before and after our module.
+Over-smoothness of a map is the mean cosine between its locations (1: all alike). Separation compares the mean cosine
+within classes with that between class centres, before and after our module.
 Shapes: B batch, C channels, h x w grid, N = h * w, K classes.
 """
 

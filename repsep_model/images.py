@@ -1,7 +1,7 @@
 """Encoded bytes to arrays and back: one rule for each kind of image file.
 
-Photographs become uint8 RGB: EXIF orientation is applied, alpha is dropped, palettes, grey and CMYK are converted by Pillow,
-16-bit grey keeps its high byte. Masks are single-channel ids: never converted, never interpolated.
+Photographs become uint8 RGB: EXIF orientation is applied, alpha is dropped, palettes, grey and CMYK are converted by
+Pillow, 16-bit grey keeps its high byte. Masks are single-channel ids: never converted, never interpolated.
 Shapes: H x W pixels, K classes.
 """
 
@@ -28,7 +28,10 @@ def image_size(data: bytes) -> tuple[int, int]:
     """(height, width) after EXIF orientation, from the header alone; raises ImageError."""
     with _open(data) as image:
         width, height = image.size
-        rotated = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        try:
+            rotated = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        except Exception as error:  # a PNG may hold its EXIF after the pixels: Pillow reads all of it
+            raise ImageError(f"{image.format} cannot be decoded: {error}") from error
         return (width, height) if rotated else (height, width)
 
 
@@ -41,6 +44,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I;16") or upright.mode == "I":
                 upright = Image.fromarray((np.asarray(upright).astype(np.uint32) >> 8).astype(np.uint8))
+            if upright.mode == "P" and "transparency" in upright.info:
+                upright = upright.convert("RGBA")  # straight to RGB, Pillow warns
             return np.array(upright.convert("RGB"))  # a copy: torch wants writable memory
         except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
             raise ImageError(f"{image.format} cannot be decoded: {error}") from error
@@ -61,7 +66,10 @@ def encode_mask(ids: UInt8, colours: Sequence[Sequence[int]]) -> bytes:
     """(H, W) uint8 ids -> indexed PNG whose palette holds the class colours. The same ids give the same bytes."""
     # The same bytes read as palette indices: convert("P") would make a palette of its own and other indices.
     image = Image.frombytes("P", (ids.shape[1], ids.shape[0]), np.ascontiguousarray(ids).tobytes())
-    image.putpalette([channel for colour in colours for channel in colour])
+    # Pillow writes as few bits as the palette needs, 8 from 17 colours on: with 5 colours an id of 255 would become 15.
+    size = max(17, int(ids.max(initial=0)) + 1)
+    palette = [*colours, *[(0, 0, 0)] * (size - len(colours))]
+    image.putpalette([channel for colour in palette for channel in colour])
     out = io.BytesIO()
     image.save(out, format="PNG", compress_level=3)
     return out.getvalue()

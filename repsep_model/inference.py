@@ -1,7 +1,7 @@
 """Images of any size to label maps: whole where they fit, otherwise by sliding windows in row bands.
 
-A window's logits stay at stride s; rows that no later window can reach are upsampled, reduced to labels and dropped, so the
-K x H x W logits never exist. A whole image is one window: both ways share every line.
+A window's logits stay at stride s; rows that no later window can reach are upsampled, reduced to labels and dropped, so
+the K x H x W logits never exist. A whole image is one window: both ways share every line.
 Shapes: B batch, K classes, H x W pixels, h x w grid at stride s.
 """
 
@@ -51,19 +51,24 @@ def segment_image(
     """
     height, width = image.shape[:2]
     if height * width <= pixel_budget:
-        batch = torch.from_numpy(canvas(image, canvas_multiple(model), fill_colour(model))).permute(2, 0, 1)[None]
+        # An image from shared memory is read-only, a mirrored one has negative strides: torch takes neither.
+        pixels = np.require(canvas(image, canvas_multiple(model), fill_colour(model)), requirements=["C", "W"])
+        batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         labels, confidence = segment_batch(model, batch, dtype=dtype)
         return Segmentation(labels[0, :height, :width].numpy(), confidence[0, :height, :width].numpy())
     return _segment_windows(model, image, overlap=overlap, dtype=dtype)
 
 
 @torch.inference_mode()
-def segment_batch(model: Segmentor, images_B3HW: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def segment_batch(
+    model: Segmentor, images_B3HW: Tensor, *, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """A batch of one shape -> labels (B, H, W) uint8 and confidence (B, H, W) float32, on the CPU."""
     logits = _stride_logits(model, images_B3HW, dtype)
     labels, confidences = [], []
     for one in logits:  # one image at a time: K x H x W floats are the largest thing here
-        confidence, label = upsample_logits(one[None], model.config.stride, images_B3HW.shape[-2:])[0].softmax(dim=0).max(dim=0)
+        logits_KHW = upsample_logits(one[None], model.config.stride, images_B3HW.shape[-2:])[0]
+        confidence, label = logits_KHW.softmax(dim=0).max(dim=0)
         labels.append(label.to(torch.uint8).cpu())
         confidences.append(confidence.cpu())
     return torch.stack(labels), torch.stack(confidences)
@@ -103,7 +108,7 @@ def _segment_windows(model: Segmentor, image: UInt8, *, overlap: float, dtype: t
 def _finished_rows(
     model: Segmentor, image: UInt8, *, overlap: float, dtype: torch.dtype
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yields (first grid row, blended logits (K, rows, w)) from top to bottom; neighbours share one row for upsampling."""
+    """Yields (first grid row, blended logits (K, rows, w)) downwards; neighbours share one row for upsampling."""
     stride, multiple = model.config.stride, canvas_multiple(model)
     side = max(multiple, model.config.window // multiple * multiple)
     fill = fill_colour(model)
@@ -111,7 +116,8 @@ def _finished_rows(
     cells = side // stride
     tops = _starts(grid_h, cells, overlap)
     lefts = _starts(grid_w, cells, overlap)
-    ramp = torch.minimum(torch.arange(1, cells + 1), torch.arange(cells, 0, -1)).float().clamp_max(max(1, overlap * cells))
+    ramp = torch.minimum(torch.arange(1, cells + 1), torch.arange(cells, 0, -1)).float()
+    ramp = ramp.clamp_max(max(1, overlap * cells))
     weight = ramp[:, None] * ramp[None, :]
 
     total = torch.zeros(model.config.num_classes, cells, lefts[-1] + cells)
@@ -162,6 +168,7 @@ def _upsampled(grid_KRw: Tensor, first: int, stride: int, height: int, width: in
         high = (y.floor() + 1).clamp(0, R - 1).long()
         share = (y - y.floor()).view(1, -1, 1)
         band = grid_KRw[:, low] * (1 - share) + grid_KRw[:, high] * share
-        wide = F.interpolate(band[None], size=(band.shape[1], band.shape[2] * stride), mode="bilinear", align_corners=False)
+        wide = F.interpolate(
+            band[None], size=(band.shape[1], band.shape[2] * stride), mode="bilinear", align_corners=False
+        )
         yield top, wide[0, :, :, :width]
-

@@ -27,7 +27,8 @@ class ChannelMlp(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        out: Tensor = super().forward(x.permute(0, 2, 3, 1))  # type: ignore[no-untyped-call]
+        return out.permute(0, 3, 1, 2)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

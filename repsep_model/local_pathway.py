@@ -57,7 +57,8 @@ class LocalSeparationBlock(nn.Module):
         # The control without discrepancy keeps the gate and its parameters: it enhances u itself.
         d = self.discrepancy(u) if self.discrepancy is not None else u
         u = u + torch.sigmoid(self.gate(torch.cat([u, d], dim=1))) * d
-        return p_BDhw + self.gamma * self.mlp(self.norm(self.mix(u)))
+        out: Tensor = p_BDhw + self.gamma * self.mlp(self.norm(self.mix(u)))
+        return out
 
 
 class LocalPathway(nn.Module):

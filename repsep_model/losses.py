@@ -1,7 +1,8 @@
 """Main and separation losses, each as (sum, weight), so that any split over ranks and micro-batches adds up exactly.
 
-Every weight follows from the labels alone (`term_weights`): a training loop counts all micro-batches of a step, all-reduces
-one vector, and scales each sum by world_size * loss weight / total weight before DDP averages the gradients.
+Every weight follows from the labels alone (`term_weights`): a training loop counts all micro-batches of a step,
+all-reduces one vector, and scales each sum by world_size * loss weight / total weight before DDP averages the
+gradients.
 
 Main terms are at H x W; auxiliary terms at stride s against majority-reduced labels, ties ignored.
 Shapes: B batch, K classes, D width, E embedding, H x W pixels, h x w grid, N = h * w.
@@ -74,7 +75,8 @@ def term_weights(labels_BHW: Tensor, *, num_classes: int, stride: int, weights: 
     """What each active term's sum is to be divided by, from the labels alone (scalar fp64 tensors).
 
     Pixel terms count labelled pixels (`ce` by class weight), location terms labelled locations at stride s, `dice`,
-    `lovasz` and `patch` images with something labelled, `identity` K for each of those, `region` pairs of present classes.
+    `lovasz` and `patch` images with something labelled, `identity` K for each of those, `region` pairs of present
+    classes.
     """
     counts_BK = class_counts(labels_BHW, num_classes)
     present_B = (counts_BK > 0).sum(dim=1)
@@ -100,8 +102,8 @@ def term_weights(labels_BHW: Tensor, *, num_classes: int, stride: int, weights: 
 def segmentation_loss(output: SegmentorOutput, labels: Tensor, weights: LossWeights) -> Terms:
     """{term: (sum, weight)} of every active term that this output can give (auxiliary terms need `aux`).
 
-    `labels`: (B, H, W) integers, class ids and IGNORE_INDEX. All-ignored and one-class crops give finite values that keep
-    the graph.
+    `labels`: (B, H, W) integers, class ids and IGNORE_INDEX. All-ignored and one-class crops give finite values that
+    keep the graph.
     """
     logits = output.logits
     num_classes = logits.shape[1]
@@ -135,7 +137,9 @@ def segmentation_loss(output: SegmentorOutput, labels: Tensor, weights: LossWeig
     return {name: (value, totals[name]) for name, value in sums.items()}
 
 
-def total_loss(terms: Terms, weights: LossWeights, totals: Mapping[str, Tensor] | None = None, world_size: int = 1) -> Tensor:
+def total_loss(
+    terms: Terms, weights: LossWeights, totals: Mapping[str, Tensor] | None = None, world_size: int = 1
+) -> Tensor:
     """The scalar to run backward on: sum of weight * sum * world_size / total.
 
     `totals` are the step's total weights over all ranks and micro-batches; by default this batch's own. A total of 0
@@ -200,7 +204,7 @@ def _pair_similarity(vectors_BKD: Tensor, present_BK: Tensor) -> Tensor:
 
 
 def _patch_separation(embedding_BEhw: Tensor, reduced: Tensor, num_classes: int) -> Tensor:
-    """Sum over images of the mean of 1 - cos(z_i, centre of its class) plus the mean positive cosine of centre pairs."""
+    """Sum over images of the mean of 1 - cos(z_i, its class centre) plus the mean positive cosine of centre pairs."""
     z_BNE = F.normalize(embedding_BEhw.flatten(2).transpose(1, 2), dim=2)
     labels = reduced.flatten(1)
     valid = labels != IGNORE_INDEX
@@ -224,4 +228,4 @@ def _class_weights(weights: LossWeights, num_classes: int, device: torch.device)
         return torch.ones(num_classes, device=device)
     if len(weights.classes) != num_classes:
         raise ValueError(f"loss weight classes has {len(weights.classes)} values for {num_classes} classes")
-    return torch.tensor(weights.classes, device=device)
+    return torch.tensor(weights.classes, dtype=torch.float32, device=device)

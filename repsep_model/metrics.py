@@ -1,7 +1,7 @@
 """One int64 confusion matrix and what follows from it.
 
-Rows are labels, columns predictions. Ignored pixels are never counted; a class that neither occurs nor is predicted has no
-score (NaN) and does not enter a mean: `classes_scored` says how many did.
+Rows are labels, columns predictions. Ignored pixels are never counted; a class that neither occurs nor is predicted has
+no score (NaN) and does not enter a mean: `classes_scored` says how many did.
 Shapes: K classes.
 """
 
@@ -31,14 +31,16 @@ class ConfusionMatrix:
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, labels: Tensor, predictions: Tensor) -> None:
-        """Count integer tensors of one shape; raises ValueError for ids outside 0..K-1 and IGNORE_INDEX."""
+        """Count integer tensors of one shape; raises ValueError for other ids than 0..K-1 and IGNORE_INDEX."""
         if labels.shape != predictions.shape:
             raise ValueError(f"labels {tuple(labels.shape)} and predictions {tuple(predictions.shape)} differ in shape")
         labels = labels.to(self.counts.device).flatten().long()
         valid = labels != IGNORE_INDEX
-        pairs = labels[valid] * self.num_classes + predictions.to(self.counts.device).flatten().long()[valid]
-        if pairs.numel() and (labels[valid].max() >= self.num_classes or pairs.max() >= self.num_classes**2):
-            raise ValueError(f"class ids must be 0..{self.num_classes - 1} or {IGNORE_INDEX}")
+        labels, predictions = labels[valid], predictions.to(self.counts.device).flatten().long()[valid]
+        # Each apart: a prediction of K would be counted as class 0 of the next row.
+        if any(ids.numel() and (ids.min() < 0 or ids.max() >= self.num_classes) for ids in (labels, predictions)):
+            raise ValueError(f"class ids must be 0..{self.num_classes - 1}, in labels also {IGNORE_INDEX}")
+        pairs = labels * self.num_classes + predictions
         self.counts += torch.bincount(pairs, minlength=self.num_classes**2).view_as(self.counts)
 
     def scores(self) -> Scores:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from repsep_model.segmentor import Segmentor
@@ -26,11 +26,16 @@ def parameter_groups(
     ]
     ours = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
     for decay, members in (
-        (weight_decay, [p for p in ours if p.ndim > 1]),
-        (0.0, [p for p in ours if p.ndim <= 1]),
+        (weight_decay, [p for p in ours if not _is_vector(p)]),
+        (0.0, [p for p in ours if _is_vector(p)]),
     ):
         groups.append({"params": members, "weight_decay": decay, "base_lr": lr * head_lr_scale})
     return groups
+
+
+def _is_vector(parameter: Tensor) -> bool:
+    """One value per channel, also where it is shaped (D, 1, 1) to fit a map, or a scalar."""
+    return parameter.ndim <= 1 or parameter.numel() == parameter.shape[0]
 
 
 def scheduled_lr(step: int, *, total_steps: int, warmup_steps: int, power: float = 0.9) -> float:
@@ -63,8 +68,8 @@ class Ema:
         decay = min(self.decay, (1 + step) / (10 + step))
         for average, current in zip(self.model.parameters(), model.parameters(), strict=True):
             average.lerp_(current.detach(), 1 - decay)
-        for average, current in zip(self.model.buffers(), model.buffers(), strict=True):
-            average.copy_(current)
+        for buffer, latest in zip(self.model.buffers(), model.buffers(), strict=True):
+            buffer.copy_(latest)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.model.state_dict()

@@ -76,7 +76,9 @@ class Segmentor(nn.Module):
 
     def __init__(self, config: SegmentorConfig, backbone: Backbone) -> None:
         super().__init__()
-        assert config.width is not None and config.mean is not None and config.std is not None
+        assert config.width is not None
+        assert config.mean is not None
+        assert config.std is not None
         self.config = config
         width, classes = config.width, config.num_classes
         self.multiple = math.lcm(backbone.multiple, config.stride)
@@ -85,8 +87,9 @@ class Segmentor(nn.Module):
 
         self.backbone = backbone
         local = config.local_pathway
+        discrepancy = config.local_discrepancy
         self.local_pathway = (
-            LocalPathway(width, config.stride, backbone.channels, discrepancy=config.local_discrepancy) if local else None
+            LocalPathway(width, config.stride, backbone.channels, discrepancy=discrepancy) if local else None
         )
         self.fuse = nn.Sequential(ChannelNorm(backbone.channels[-1]), nn.Conv2d(backbone.channels[-1], width, 1))
         self.fuse_norm = ChannelNorm(width)
@@ -142,9 +145,13 @@ class Segmentor(nn.Module):
             local_BKhw=self.local_head(local).float() if self.local_head is not None else None,
             coarse_BKhw=coarse.float() if coarse is not None else None,
             attention_BKhw=regions.attention_BKhw if regions else None,
-            identity_BK=self.identity_head(regions.regions_BKD).squeeze(2).float() if self.identity_head is not None else None,
+            identity_BK=self.identity_head(regions.regions_BKD).squeeze(2).float()
+            if regions and self.identity_head is not None
+            else None,
             regions_BKD=regions.regions_BKD.float() if regions else None,
-            embedding_BEhw=self.embedding_head(features.separated_BDhw).float() if self.embedding_head is not None else None,
+            embedding_BEhw=self.embedding_head(features.separated_BDhw).float()
+            if self.embedding_head is not None
+            else None,
         )
 
     def _features(self, pixels_B3HW: Tensor) -> tuple[Features, Tensor | None, Tensor | None]:
@@ -193,4 +200,3 @@ def build_segmentor(config: SegmentorConfig, pretrained: bool | str | Path = Fal
     defaults: dict[str, Any] = {"width": width, "mean": mean, "std": std}
     resolved = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     return Segmentor(replace(config, **resolved), backbone)
-

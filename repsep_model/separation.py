@@ -1,6 +1,7 @@
 """Spatially adaptive separation: move a location away from what it is confused with, as far as that location needs.
 
-The paper (arXiv 2212.13764) gives the name and the purpose, more separate deep representations; both mechanisms are ours.
+The paper (arXiv 2212.13764) gives the name and the purpose, more separate deep representations; both mechanisms are
+ours.
 Shapes: B batch, D width, K classes, h x w grid, N = h * w.
 """
 
@@ -32,7 +33,9 @@ class LocalSeparation(nn.Module):
         """B: each location's own softmax kernel over its size x size neighbourhood."""
         B, D, h, w = f_BDhw.shape
         weights = self.kernel(f_BDhw).view(B, self.groups, 1, self.size**2, h, w).softmax(dim=3)
-        padded = F.pad(f_BDhw, [self.size // 2] * 4, mode="replicate").view(B, self.groups, D // self.groups, h + self.size - 1, -1)
+        padded = F.pad(f_BDhw, [self.size // 2] * 4, mode="replicate").view(
+            B, self.groups, D // self.groups, h + self.size - 1, -1
+        )
         # A loop over shifts reads views of one padded map; an unfold would hold size^2 copies of it.
         out = torch.zeros_like(f_BDhw).view(B, self.groups, D // self.groups, h, w)
         for i in range(self.size**2):
@@ -70,7 +73,7 @@ class RegionSeparation(nn.Module):
 
 
 def separation_direction(f_BDhw: Tensor, coarse_BKhw: Tensor) -> Tensor:
-    """own - rival at each location, (B, D, h, w) in fp32: sums over thousands of locations overflow bf16's precision."""
+    """own - rival at each location, (B, D, h, w) in fp32: sums over thousands of locations are too long for bf16."""
     with torch.autocast(f_BDhw.device.type, enabled=False):
         f_BDN = f_BDhw.float().flatten(2)
         p_BKN = coarse_BKhw.float().softmax(dim=1).flatten(2)

@@ -1,6 +1,6 @@
 """One training step and one validation pass, free of any launcher: what distributes passes its all-reduce in.
 
-    count the labels of all micro-batches -> all-reduce one vector -> forward and backward each -> clip -> step -> EMA
+count the labels of all micro-batches -> all-reduce one vector -> forward and backward each -> clip -> step -> EMA
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def train_step(
     names = list(weights.active())
     totals = torch.zeros(len(names), dtype=torch.float64, device=device)
     for _, labels in batches:
-        found = term_weights(labels.to(device), num_classes=raw.config.num_classes, stride=raw.config.stride, weights=weights)
+        found = term_weights(
+            labels.to(device), num_classes=raw.config.num_classes, stride=raw.config.stride, weights=weights
+        )
         totals += torch.stack([found[name] for name in names])
     if all_reduce is not None:
         all_reduce(totals)
@@ -80,7 +82,9 @@ def train_step(
 
     # Drop path is the only randomness here; seeded from the counters, a resumed run draws the same numbers.
     torch.manual_seed((settings.seed * 1_000_003 + state.step) * 1_009 + rank)
-    set_lr(state.optimizer, scheduled_lr(state.step, total_steps=settings.total_steps, warmup_steps=settings.warmup_steps))
+    set_lr(
+        state.optimizer, scheduled_lr(state.step, total_steps=settings.total_steps, warmup_steps=settings.warmup_steps)
+    )
     state.optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(len(names), dtype=torch.float64, device=device)
     for number, (images, labels) in enumerate(batches):
@@ -90,7 +94,7 @@ def train_step(
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
                 output = state.model(images.to(device, non_blocking=True))
             terms = segmentation_loss(output, labels.to(device, non_blocking=True), weights)
-            total_loss(terms, weights, by_name, world_size).backward()
+            total_loss(terms, weights, by_name, world_size).backward()  # type: ignore[no-untyped-call]
         for i, name in enumerate(names):
             if name in terms:
                 sums[i] += terms[name][0].detach().double()
@@ -101,7 +105,9 @@ def train_step(
     loss = sum(weight * losses[f"loss/{name}"] for name, weight in weights.active().items())
     norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), settings.clip)
     if not (torch.isfinite(norm) and torch.isfinite(torch.tensor(loss))):
-        raise NonFiniteLossError(f"loss {loss} with gradient norm {float(norm)} at step {state.step}: lower the learning rate")
+        raise NonFiniteLossError(
+            f"loss {loss} with gradient norm {float(norm)} at step {state.step}: lower the learning rate"
+        )
     state.optimizer.step()
     state.ema.update(raw, state.step)
     state.step += 1

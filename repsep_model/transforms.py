@@ -1,6 +1,7 @@
 """Paired image and mask augmentation, and the counter-based randomness behind it.
 
-Every random number of a sample comes from `sample_rng(seed, epoch, index)`: nothing depends on which worker or thread asks.
+Every random number of a sample comes from `sample_rng(seed, epoch, index)`: nothing depends on which worker or thread
+asks.
 Shapes: H x W pixels of the source, S the crop's side.
 """
 
@@ -40,7 +41,8 @@ class Augmentation:
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator of one sample in one epoch; a function of its arguments only (Philox, counter-based)."""
-    return np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), (epoch << 40) + index]))
+    key = np.array([seed & (2**64 - 1), (epoch << 40) + index], dtype=np.uint64)  # a list would pass through float64
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 def augment(
@@ -84,7 +86,8 @@ def _nearest(mask: UInt8, size: Sequence[int]) -> UInt8:
     """A coarse look at the scaled mask: enough to judge the class shares of a crop."""
     rows = (np.arange(size[0]) * (mask.shape[0] / size[0])).astype(np.int64)
     columns = (np.arange(size[1]) * (mask.shape[1] / size[1])).astype(np.int64)
-    return mask[rows][:, columns]
+    scaled: UInt8 = mask[rows][:, columns]
+    return scaled
 
 
 def _choose_crop(scaled: UInt8, how: Augmentation, rng: np.random.Generator) -> tuple[int, int]:
@@ -99,7 +102,7 @@ def _choose_crop(scaled: UInt8, how: Augmentation, rng: np.random.Generator) -> 
 
 
 def _photometric(pixels: Tensor, rng: np.random.Generator, probability: float) -> Tensor:
-    """Brightness and contrast first or last, saturation and hue; each with `probability` (after SSD, Liu et al. 2016)."""
+    """Brightness, contrast, saturation and hue in this order, each with `probability` (after SSD, Liu et al. 2016)."""
     draws = rng.random(4) < probability
     brightness, contrast, saturation = rng.uniform(0.7, 1.3, 3)
     hue = rng.uniform(-0.05, 0.05)

@@ -1,0 +1,63 @@
+#!/usr/bin/env python3
+"""Command: label every image under a prefix."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from jobs.options import config_option, debug_option, json_option, main, read_recipe, set_option, show
+
+EXIT_FAILED_IMAGES = 3
+
+
+@click.command("segment")
+@click.argument("source", required=False)
+@click.argument("target", required=False)
+@click.option("--model", help="models:/NAME@ALIAS, models:/NAME/VERSION, or the URI of a segmentor's directory.")
+@click.option("--dry-run", is_flag=True, help="List and compare only; write nothing.")
+@click.option("--limit", type=int, help="Segment at most this many images.")
+@click.option("--retry-failed", is_flag=True, help="Take images again that failed before.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that was written with another model or other settings.")
+@click.option("--max-failure-rate", type=float, help="Stop when a larger share of the images fails (default 0.5).")
+@config_option
+@set_option
+@json_option
+@debug_option
+def command(source: str | None, target: str | None, config: str | None, settings: tuple[str, ...], as_json: bool, dry_run: bool, **flags: Any) -> None:
+    """Segment every image under SOURCE into TARGET: a mask and a row for each.
+
+    \b
+    SOURCE and TARGET are URIs: s3://bucket/prefix, gs://..., or a folder.
+      repsep segment s3://in/photos s3://out/photos --model models:/streets@champion
+
+    \b
+    TARGET/masks/KEY.png       indexed PNG of class ids, KEY being the image's path below SOURCE
+    TARGET/results/*.parquet   a row for each image: status, size, pixels per class, confidence, reason of a failure
+    TARGET/report.json         counts and rates
+
+    Run it again after any interruption, or when images were added: only what is missing is done. A bad image becomes a failed
+    row and never stops the rest. Endpoint and keys come from AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and
+    AWS_REGION; the model registry from MLFLOW_TRACKING_URI.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done with failed images.
+    """
+    from pipelines.segment import Plan, segment
+
+    flags |= {"source": source, "target": target}
+    given = [f"segment.{name}={json.dumps(value)}" for name, value in flags.items() if value not in (None, False)]
+    recipe, workspace = read_recipe(config, (*settings, *given))
+    found = segment(workspace, recipe, dry_run=dry_run)
+    if isinstance(found, Plan):
+        counts = {"images": found.listed, "to_do": len(found.todo), "done": found.done, "failed_before": found.failed_before, "skipped": found.skipped}
+        click.echo(json.dumps(counts) if as_json else ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()))
+        return
+    show(found, as_json)
+    if found.results["failed_rows"]:
+        raise click.exceptions.Exit(EXIT_FAILED_IMAGES)
+
+
+if __name__ == "__main__":
+    main(command)

@@ -1,0 +1,79 @@
+"""A model's URI to a directory on this machine: `models:/name@alias`, `models:/name/version`, or a directory anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines import tracking
+from pipelines.config import TrackingConfig
+from pipelines.errors import RepsepError, UsageError
+from pipelines.storage import Folder
+from repsep_model.checkpoint import CLASSES, SETTINGS, WEIGHTS, CheckpointError, load_segmentor
+from repsep_model.segmentor import Segmentor
+
+FILES = (WEIGHTS, SETTINGS, CLASSES)
+REGISTERED = re.compile(r"^models:/([^/@]+)(?:@([^/@]+)|/(\d+))$")
+
+
+@dataclass(frozen=True)
+class FetchedModel:
+    """A segmentor's directory here, what it is called, and the SHA-256 of its files."""
+
+    directory: Path
+    version: str
+    digest: str
+
+    def files(self) -> dict[str, bytes]:
+        """Its files' contents: what goes through Ray's object store to workers."""
+        return {name: (self.directory / name).read_bytes() for name in FILES}
+
+
+@contextlib.contextmanager
+def fetch_model(uri: str, config: TrackingConfig) -> Iterator[FetchedModel]:
+    """Download a model for the time of the block. An alias is resolved once, here.
+
+    Raises UsageError for a URI that cannot be understood and RepsepError for a model that is not there.
+    """
+    with tempfile.TemporaryDirectory(prefix="repsep-model-") as temporary:
+        directory = Path(temporary) / "segmentor"  # MLflow names the artifact after the folder
+        directory.mkdir()
+        version = uri
+        if uri.startswith("models:"):
+            found = REGISTERED.match(uri)
+            if found is None:
+                raise UsageError(f"{uri}: write models:/name@alias or models:/name/version")
+            name, alias, number = found.groups()
+            version = tracking.download_registered(config, name, alias=alias, version=number, to=directory)
+        else:
+            folder = Folder(uri)
+            for file in FILES:
+                data = folder.read_if_present(file)
+                if data is None:
+                    raise RepsepError(f"{uri} holds no segmentor: {file} is missing; give a directory that training or save_segmentor wrote")
+                (directory / file).write_bytes(data)
+        yield FetchedModel(directory, version, digest_of_files({f: (directory / f).read_bytes() for f in FILES}))
+
+
+def digest_of_files(files: Mapping[str, bytes]) -> str:
+    """SHA-256 over names and contents."""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{name}\0".encode() + hashlib.sha256(files[name]).digest())
+    return digest.hexdigest()
+
+
+def load_files(files: Mapping[str, bytes]) -> Segmentor:
+    """The segmentor of `FetchedModel.files`, in a worker."""
+    with tempfile.TemporaryDirectory(prefix="repsep-model-") as temporary:
+        for name, data in files.items():
+            (Path(temporary) / name).write_bytes(data)
+        try:
+            return load_segmentor(temporary)
+        except CheckpointError as error:
+            raise RepsepError(f"the model cannot be loaded: {error}") from error

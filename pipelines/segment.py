@@ -1,0 +1,294 @@
+"""Bulk segmentation with Ray Data: every image under a prefix becomes a mask and a row, whatever happens on the way.
+
+list -> leave out what is committed -> read and decode -> segment -> encode and commit -> compact -> report
+
+The stage always lists; it says "cached" only when the listing adds nothing. Killed at any moment and started again, every
+image ends with exactly one row and one mask.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
+
+from pipelines import cluster
+from pipelines.commits import CLASSES, OK, REPORT, RUN, Output
+from pipelines.config import Recipe, SegmentConfig
+from pipelines.errors import RepsepError, UsageError
+from pipelines.models import FetchedModel, fetch_model
+from pipelines.progress import Progress, say
+from pipelines.segment_steps import TODO_SCHEMA, CommitMasks, ReadImages, SegmentImages, failed_row
+from pipelines.stage import Receipt, StageRun, digest_of, run_stage
+from pipelines.storage import Entry, Folder, absolute_uri
+from repsep_model.checkpoint import load_classes
+
+PACKAGES = ("pipelines", "repsep_model")
+BREAKER_IMAGES = 20
+WORKER_LOST = (ActorDiedError, ActorUnavailableError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
+# What decides a mask; the rest of the section says where and how much.
+MASK_SETTINGS = ("bf16", "pixel_budget", "confidence", "model_batch")
+
+
+@dataclass
+class Plan:
+    """What there is to do: the images to take, and what was left out and why."""
+
+    todo: list[Entry]
+    listed: int
+    skipped: int
+    done: int
+    failed_before: int
+    listing: str
+
+
+@dataclass
+class Tally:
+    """What was done in this run."""
+
+    ok: int = 0
+    failed: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    megapixels: float = 0.0
+
+    def add(self, row: dict[str, Any]) -> None:
+        if row["status"] == OK:
+            self.ok += 1
+            self.megapixels += row["height"] * row["width"] / 1e6
+        else:
+            self.failed += 1
+            self.reasons[row["stage"]] += 1
+
+
+def segment(workspace: str, recipe: Recipe, *, dry_run: bool = False) -> Receipt | Plan:
+    """Run the stage; with `dry_run` only list and compare, writing nothing.
+
+    Raises UsageError for an empty prefix or an output of another model, RepsepError when too many images fail.
+    """
+    config = recipe.segment or SegmentConfig()
+    source, target = _folders(config)
+    model_uri = config.model or f"models:/{recipe.register_.name}@champion"
+    with fetch_model(model_uri, recipe.tracking) as model:
+        output = Output(target)
+        if dry_run:
+            return _plan(source, target, config, output)
+        classes = load_classes(model.directory)
+        output.claim(_identity(config, model), classes, overwrite=config.overwrite)
+        plan = _plan(source, target, config, output)
+        return run_stage(
+            "segment",
+            workspace=workspace,
+            config=config.model_copy(update={"model": None}),
+            inputs={"model": model.digest, "listing": plan.listing},
+            packages=PACKAGES,
+            again=bool(plan.todo) or output.has_commits(),
+            body=lambda run: _segment(run, config, source, output, model, plan),
+        )
+
+
+def image_entries(source: Folder, target: Folder, include: tuple[str, ...]) -> Iterator[tuple[Entry, bool]]:
+    """(object, is it an image) of everything under the prefix; an output inside the input is left out."""
+    inside = target.uri.removeprefix(source.uri + "/") + "/" if target.uri.startswith(source.uri + "/") else None
+    for entry in source.list():
+        if inside is None or not entry.key.startswith(inside):
+            yield entry, entry.key.lower().endswith(include)
+
+
+def _folders(config: SegmentConfig) -> tuple[Folder, Folder]:
+    if config.source is None or config.target is None:
+        raise UsageError("segment needs an input and an output: segment.source and segment.target (URIs)")
+    source, target = absolute_uri(config.source).rstrip("/"), absolute_uri(config.target).rstrip("/")
+    if source == target:
+        raise UsageError(f"segment.source and segment.target are both {source}; masks need a prefix of their own")
+    return Folder(source), Folder(target)
+
+
+def _identity(config: SegmentConfig, model: FetchedModel) -> dict[str, Any]:
+    settings = config.model_dump(mode="json")
+    return {"format": 1, "model": model.digest} | {name: settings[name] for name in MASK_SETTINGS}
+
+
+def _plan(source: Folder, target: Folder, config: SegmentConfig, output: Output) -> Plan:
+    include = tuple(ending.lower() for ending in config.include)
+    entries = list(image_entries(source, target, include))
+    images = [entry for entry, is_image in entries if is_image]
+    if not images:
+        found = f"{len(entries)} other objects" if entries else "nothing"
+        raise UsageError(f"{source.uri} holds no image ({found} there; images end in {', '.join(include)}); correct the prefix")
+    known = output.committed()
+    todo, failed_before = [], 0
+    for entry in images:
+        before = known.get(entry.key)
+        if before is None or before.etag != entry.etag:
+            todo.append(entry)
+        elif not before.ok:
+            failed_before += 1
+            if config.retry_failed:
+                todo.append(entry)
+    done = len(images) - len(todo)
+    listing = digest_of([source.uri, target.uri, sorted((e.key, e.etag) for e in images)])
+    return Plan(todo[: config.limit], len(images), len(entries) - len(images), done, failed_before, listing)
+
+
+def _segment(run: StageRun, config: SegmentConfig, source: Folder, output: Output, model: FetchedModel, plan: Plan) -> None:
+    output.compact()
+    say(f"segment: {plan.listed} images in {source.uri}, {plan.done} done before, {plan.skipped} other objects; {len(plan.todo)} to do")
+    began = time.monotonic()
+    tally = _Job(config, source, output, model).run(plan.todo) if plan.todo else Tally()
+    seconds = time.monotonic() - began
+    rows, failed_rows = output.compact()
+    report = {
+        "source": source.uri,
+        "target": output.folder.uri,
+        "model": model.version,
+        "images": plan.listed,
+        "skipped": plan.skipped,
+        "rows": rows,
+        "failed_rows": failed_rows,
+        "ok": tally.ok,
+        "failed": tally.failed,
+        "done_before": plan.done,
+        "failed_before": plan.failed_before,
+        "failures": dict(tally.reasons),
+        "seconds": round(seconds, 2),
+        "images_per_s": round((tally.ok + tally.failed) / seconds, 2) if plan.todo else 0.0,
+        "megapixels_per_s": round(tally.megapixels / seconds, 3) if plan.todo else 0.0,
+    }
+    output.folder.write(REPORT, json.dumps(report, indent=1).encode())
+    run.results = report | {"results": output.folder.uri_of("results"), "run": output.folder.uri_of(RUN), "classes": output.folder.uri_of(CLASSES)}
+
+
+class _Job:
+    """One pass over the images that are to do, with all that can be lost on the way."""
+
+    def __init__(self, config: SegmentConfig, source: Folder, output: Output, model: FetchedModel) -> None:
+        self.config, self.source, self.output, self.model = config, source, output, model
+        self.classes = load_classes(model.directory)
+        self.tally = Tally()
+
+    def run(self, todo: list[Entry]) -> Tally:
+        """Batches through Ray Data; when workers keep dying, what is left goes image by image."""
+        cluster.connect()
+        cluster.refuse_local(self.source.uri, "segment.source")
+        cluster.refuse_local(self.output.folder.uri, "segment.target")
+        self.files = ray.put(self.model.files())
+        self.progress = Progress("segment: image", len(todo))
+        waiting = {entry.key: entry for entry in todo}
+        for _ in range(1 + self.config.runtime.retries):
+            try:
+                for row in self._batches(list(waiting.values())):
+                    self._count(row)
+                    del waiting[row["key"]]
+                return self.tally
+            except WORKER_LOST as error:
+                say(f"segment: a worker was lost ({type(error).__name__}); {len(waiting)} images are tried again")
+                waiting = self._uncommitted(waiting)
+        for row in self._one_by_one(list(waiting.values())):
+            self._count(row)
+        return self.tally
+
+    def _batches(self, todo: list[Entry]) -> Iterator[dict[str, Any]]:
+        config, runtime = self.config, self.config.runtime
+        use_gpu = cluster.has_gpu() if runtime.gpu is None else runtime.gpu
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        context.print_on_execution_start = False
+        size = runtime.batch_size
+        rows = [{"key": e.key, "etag": e.etag, "size": e.size} for e in todo]
+        blocks = [pa.Table.from_pylist(rows[i : i + size], schema=TODO_SCHEMA) for i in range(0, len(rows), size)]
+        plain = {"batch_format": "pyarrow", "batch_size": size, "num_cpus": 0.5}
+        # Ray Data's default is to retry without end.
+        retries = {"ray_remote_args_fn": lambda: {"max_restarts": runtime.retries, "max_task_retries": runtime.retries}}
+        commit = (self.source.uri, self.output.folder.uri, config, self.classes, self.model.version)
+        data = (
+            ray.data.from_arrow(blocks)
+            .map_batches(ReadImages, fn_constructor_args=(self.source.uri, config), compute=ray.data.ActorPoolStrategy(size=1), **plain, **retries)
+            .map_batches(
+                SegmentActor,
+                fn_constructor_args=(self.files, config),
+                compute=ray.data.ActorPoolStrategy(size=runtime.model_actors),
+                batch_format="pyarrow",
+                batch_size=size,
+                num_cpus=1,
+                num_gpus=1 if use_gpu else 0,
+                **retries,
+            )
+            .map_batches(CommitMasks, fn_constructor_args=commit, compute=ray.data.ActorPoolStrategy(size=1), **plain, **retries)
+        )
+        try:
+            for batch in data.iter_batches(batch_size=None, batch_format="pyarrow"):
+                yield from batch.to_pylist()
+        except RayTaskError as error:
+            if isinstance(error.cause, RepsepError):
+                raise error.cause from error
+            raise
+
+    def _one_by_one(self, todo: list[Entry]) -> Iterator[dict[str, Any]]:
+        """Each image in a task of its own: the one that kills its worker becomes a row with stage `worker`."""
+        task = ray.remote(num_cpus=1, num_gpus=1 if cluster.has_gpu() else 0, max_retries=0)(_segment_one)
+        settings = (self.files, self.source.uri, self.output.folder.uri, self.config, self.classes, self.model.version)
+        limit = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        running: dict[Any, dict[str, Any]] = {}
+        queue = [{"key": e.key, "etag": e.etag, "size": e.size} for e in reversed(todo)]
+        while queue or running:
+            while queue and len(running) < limit:
+                row = queue.pop()
+                running[task.remote(row, *settings)] = row
+            (done,), _ = ray.wait(list(running))
+            row = running.pop(done)
+            try:
+                yield ray.get(done)
+            except WORKER_LOST as error:
+                reason = f"its worker process died ({type(error).__name__})"
+                failed = failed_row(row, source=self.source, model_version=self.model.version, stage="worker", error=reason)
+                self.output.commit([failed])
+                yield failed
+
+    def _uncommitted(self, waiting: dict[str, Entry]) -> dict[str, Entry]:
+        """What has no row yet: batches may have been committed whose answer was lost with the worker."""
+        known = self.output.committed()
+        left = {}
+        for key, entry in waiting.items():
+            before = known.get(key)
+            if before is None or before.etag != entry.etag:
+                left[key] = entry
+            else:
+                self._count({"status": OK if before.ok else "failed", "stage": "", "height": 0, "width": 0})
+        return left
+
+    def _count(self, row: dict[str, Any]) -> None:
+        tally = self.tally
+        tally.add(row)
+        self.progress.advance(1, f"{tally.failed} failed" if tally.failed else "")
+        seen = tally.ok + tally.failed
+        if seen >= BREAKER_IMAGES and tally.failed > self.config.max_failure_rate * seen:
+            raise RepsepError(
+                f"{tally.failed} of the first {seen} images failed ({dict(tally.reasons)}), more than segment.max_failure_rate="
+                f"{self.config.max_failure_rate} allows; the reasons are in {self.output.folder.uri_of('_commits')}. Last: {row.get('error')}"
+            )
+
+
+class SegmentActor(SegmentImages):
+    """The model's actor: takes the model's files out of the object store, where they lie once for all actors."""
+
+    def __init__(self, files: Any, config: SegmentConfig) -> None:
+        super().__init__(ray.get(files), config)
+
+
+def _segment_one(
+    row: dict[str, Any], files: dict[str, bytes], source: str, target: str, config: SegmentConfig, classes: dict[str, Any], model_version: str
+) -> dict[str, Any]:
+    todo = pa.Table.from_pylist([row], schema=TODO_SCHEMA)
+    labels = SegmentImages(files, config)(ReadImages(source, config)(todo))
+    found: list[dict[str, Any]] = CommitMasks(source, target, config, classes, model_version)(labels).to_pylist()
+    return found[0]

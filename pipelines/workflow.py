@@ -1,0 +1,67 @@
+"""The sequence of stages. There is no scheduler: what is done says so, so that resuming is running it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipelines.config import Recipe
+from pipelines.stage import Receipt
+from pipelines.storage import absolute_uri, home
+
+
+def workspace_of(recipe: Recipe) -> str:
+    """Where the stages of a recipe write."""
+    return absolute_uri(recipe.workspace) if recipe.workspace is not None else str(home() / "workspace")
+
+
+def run_workflow(recipe: Recipe) -> Iterator[Receipt]:
+    """Yields each stage's receipt as it is done: prepare, (sweep,) train, evaluate, register, (segment,) report.
+
+    With a `sweep` section the train section of its `best.yaml` stands in for the recipe's.
+    """
+    from pipelines.evaluate import evaluate
+    from pipelines.prepare import prepare
+    from pipelines.register import register
+    from pipelines.report import report
+    from pipelines.segment import segment
+    from pipelines.sweep import best_train, sweep
+    from pipelines.train import train
+
+    workspace = workspace_of(recipe)
+    done = []
+
+    def kept(receipt: Receipt) -> Receipt:
+        done.append(receipt)
+        return receipt
+
+    yield kept(prepare(workspace, recipe.prepare))
+    if recipe.sweep is not None:
+        swept = sweep(workspace, recipe)
+        recipe = recipe.model_copy(update={"train": best_train(swept, recipe.train)})
+        yield swept
+    yield kept(train(workspace, recipe))
+    yield kept(evaluate(workspace, recipe))
+    yield kept(register(workspace, recipe))
+    if recipe.segment is not None:
+        bulk = segment(workspace, recipe)
+        assert isinstance(bulk, Receipt)
+        yield kept(bulk)
+    yield report(workspace, recipe, done)
+
+
+def describe(receipt: Receipt) -> list[str]:
+    """What a stage made and where, for a person."""
+    r = receipt.results
+    state = "cached" if receipt.cached else f"done in {receipt.seconds:.1f} s"
+    told = {
+        "prepare": lambda: f"{', '.join(f'{n} {s}' for s, n in r['images'].items())} images, {r['classes']} classes, {r['rejected']} rejected",
+        "train": lambda: f"{r['steps']} steps, mIoU {r['miou']:.4f} in the loop at step {r['best_step']}, {r['images_per_s']} images/s",
+        "sweep": lambda: f"{r['trials']} trials, best mIoU {r['best_miou']:.4f} ({r['best']})",
+        "evaluate": lambda: f"mIoU {r['miou']:.4f} on {r['split']} ({r['images']} images); per-position prior {r['prior_miou']:.4f}",
+        "register": lambda: f"{r['name']} version {r['version']} is {r['alias']}: {r['reason']}",
+        "segment": lambda: f"{r['rows']} rows, {r['failed_rows']} failed; this run {r['ok']} ok, {r['failed']} failed, {r['images_per_s']} images/s",
+        "report": lambda: f"a page with {r['overlays']} overlays of the bulk run",
+    }
+    where = {"prepare": "dataset", "train": "model", "sweep": "table", "evaluate": None, "register": "model", "segment": "target", "report": "page"}
+    key = where[receipt.stage]
+    return [f"{receipt.stage:9} {state}: {told[receipt.stage]()}", f"{'':9} -> {r[key] if key else receipt.uri}"]

@@ -1,0 +1,128 @@
+"""Both separation mechanisms: their starting point, and their sums against loops.
+
+Shapes: B batch, D width, K classes, h x w grid, N = h * w.
+"""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from repsep_model.layers import ChannelNorm
+from repsep_model.separation import LocalSeparation, RegionSeparation, separation_direction
+
+
+def brute_direction(f_BDhw: Tensor, coarse_BKhw: Tensor) -> Tensor:
+    out = torch.zeros_like(f_BDhw)
+    for f_Dhw, coarse_Khw, out_Dhw in zip(f_BDhw, coarse_BKhw, out, strict=True):
+        f_DN, p_KN = f_Dhw.flatten(1), coarse_Khw.softmax(dim=0).flatten(1)
+        K, N = p_KN.shape
+        centres = [sum((p_KN[k, n] * f_DN[:, n] for n in range(N)), torch.zeros(1)) / p_KN[k].sum() for k in range(K)]
+        for n in range(N):
+            doubt = [float(p_KN[k, n] * (1 - p_KN[k, n])) for k in range(K)]
+            for k in range(K):
+                own, rival = float(p_KN[k, n]), doubt[k] / sum(doubt)
+                out_Dhw.flatten(1)[:, n] += (own - rival) * centres[k]
+    return out
+
+
+def test_local_separation_is_the_identity_before_its_norm_at_the_start() -> None:
+    torch.manual_seed(0)
+    module = LocalSeparation(8, 8)
+    module.norm = nn.Identity()  # type: ignore[assignment]
+    f, context = torch.randn(2, 8, 5, 6), torch.randn(2, 16, 5, 6)
+    torch.testing.assert_close(module(f, context, None), f, rtol=0, atol=0)
+
+
+def test_smoothing_equals_each_locations_own_softmax_kernel() -> None:
+    torch.manual_seed(0)
+    module = LocalSeparation(8, 0, size=3, groups=2)
+    f = torch.randn(2, 8, 4, 5)
+    with torch.no_grad():
+        weights = module.kernel(f).view(2, 2, 9, 4, 5).softmax(dim=2)
+        out = module.smooth(f)
+    for y in range(4):
+        for x in range(5):
+            for d in range(8):
+                mean = torch.zeros(2)
+                for i in range(9):
+                    row, column = min(max(y + i // 3 - 1, 0), 3), min(max(x + i % 3 - 1, 0), 4)
+                    mean += weights[:, d // 4, i, y, x] * f[:, d, row, column]
+                torch.testing.assert_close(out[:, d, y, x], mean)
+
+
+def test_local_separation_moves_away_from_the_smoothed_map_by_alpha_and_lambda() -> None:
+    torch.manual_seed(0)
+    module = LocalSeparation(8, 0)
+    module.norm = nn.Identity()  # type: ignore[assignment]
+    f = torch.randn(1, 8, 5, 6)
+    with torch.no_grad():
+        module.lambda_.normal_()
+        module.rho.normal_()
+        alpha = 2 * torch.sigmoid(module.alpha(f))
+        expected = f + alpha * module.lambda_ * (f - module.smooth(f)) + module.rho * (f - f.mean((2, 3), keepdim=True))
+        torch.testing.assert_close(module(f, f, None), expected)
+
+
+def test_separation_direction_equals_brute_force() -> None:
+    torch.manual_seed(0)
+    f, coarse = torch.randn(2, 3, 3, 4), 2 * torch.randn(2, 4, 3, 4)
+    torch.testing.assert_close(separation_direction(f, coarse), brute_direction(f, coarse))
+
+
+def test_direction_is_zero_where_nothing_is_known() -> None:
+    f = torch.randn(1, 6, 4, 4)
+    direction = separation_direction(f, torch.zeros(1, 5, 4, 4))
+    torch.testing.assert_close(direction, torch.zeros_like(f), rtol=0, atol=1e-6)
+
+
+def test_a_location_between_two_classes_moves_to_the_likelier_and_away_from_the_other() -> None:
+    f = torch.tensor([[[[1.0, 1.0, 0.0, 0.0]], [[0.0, 0.0, 1.0, 1.0]]]])  # classes 0 and 1 lie on the two axes
+    coarse = torch.zeros(1, 3, 1, 4)
+    coarse[:, 0, :, :2] = coarse[:, 1, :, 2:] = 8
+    coarse[:, 2] = -8
+    coarse[0, :, 0, 0] = torch.tensor([2.0, 1.0, -8.0])
+    moved = separation_direction(f, coarse)[0, :, 0, 0]
+    assert moved[0] > 0.1
+    assert moved[1] < -0.1
+
+
+def test_confident_locations_stay_finite_and_have_finite_gradients() -> None:
+    f = torch.randn(1, 4, 3, 3, requires_grad=True)
+    coarse = torch.full((1, 3, 3, 3), -1e4)
+    coarse[:, 1] = 1e4
+    coarse.requires_grad_()
+    direction = separation_direction(f, coarse)
+    direction.sum().backward()
+    assert direction.isfinite().all()
+    for leaf in (f, coarse):
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
+
+
+def test_direction_is_computed_in_fp32_under_autocast() -> None:
+    f, coarse = torch.randn(1, 4, 8, 8).bfloat16(), torch.randn(1, 3, 8, 8).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = separation_direction(f, coarse)
+    assert inside.dtype == torch.float32
+    torch.testing.assert_close(inside, separation_direction(f.float(), coarse.float()), rtol=0, atol=0)
+
+
+def test_region_separation_adds_the_projected_direction() -> None:
+    torch.manual_seed(0)
+    module = RegionSeparation(8, 8)
+    module.norm = nn.Identity()  # type: ignore[assignment]
+    f, context, coarse = torch.randn(1, 8, 4, 5), torch.randn(1, 16, 4, 5), torch.randn(1, 3, 4, 5)
+    with torch.no_grad():
+        alpha = 2 * torch.sigmoid(module.alpha(context))
+        expected = f + module.project(alpha * separation_direction(f, coarse))
+        torch.testing.assert_close(module(f, context, coarse), expected)
+
+
+@pytest.mark.parametrize("kind", [LocalSeparation, RegionSeparation])
+def test_output_is_normalised_over_channels(kind: type[LocalSeparation] | type[RegionSeparation]) -> None:
+    torch.manual_seed(0)
+    module = kind(8, 8)
+    assert isinstance(module.norm, ChannelNorm)
+    out = module(3 + 5 * torch.randn(1, 8, 4, 5), torch.randn(1, 16, 4, 5), torch.randn(1, 3, 4, 5))
+    torch.testing.assert_close(out.mean(dim=1), torch.zeros(1, 4, 5), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.var(dim=1, correction=0), torch.ones(1, 4, 5), rtol=1e-3, atol=1e-3)
