@@ -16,7 +16,7 @@ from jobs.options import debug_option, main, set_option, show
 @set_option
 @debug_option
 def command(data: str | None, folder: str, settings: tuple[str, ...]) -> None:
-    """Train, register and label a bucket: local Ray, an S3 endpoint on loopback, MLflow on sqlite, all under one folder."""
+    """Train, register and label a bucket: local Ray, an S3 endpoint on loopback, MLflow on sqlite, in one folder."""
     from pipelines.demo import run_demo
 
     began = time.monotonic()

@@ -15,9 +15,15 @@ if TYPE_CHECKING:
     from pipelines.config import Recipe
     from pipelines.stage import Receipt
 
-config_option = click.option("--config", "-c", help="Recipe: a YAML file, or the name of one that comes with repsep (demo).")
+config_option = click.option(
+    "--config", "-c", help="Recipe: a YAML file, or the name of one that comes with repsep (demo)."
+)
 set_option = click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a key of the recipe, e.g. train.steps=200. Repeatable."
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set a key of the recipe, e.g. train.steps=200. Repeatable.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the receipt as one JSON object on stdout.")
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
@@ -81,5 +87,8 @@ def _explain(error: Exception, debug: bool) -> int:
         click.echo(f"Error: {error}", err=True)
         return error.exit_code
     if not debug:
-        click.echo(f"Error: {type(error).__name__}: {error}\n(this is not expected; --debug shows where it comes from)", err=True)
+        click.echo(
+            f"Error: {type(error).__name__}: {error}\n(this is not expected; --debug shows where it comes from)",
+            err=True,
+        )
     return 1

@@ -13,8 +13,8 @@ from jobs.options import main, read_recipe, recipe_options, show
 def command(config: str | None, settings: tuple[str, ...], as_json: bool) -> None:
     """Register the evaluated model in MLflow; it becomes champion if it is shown to be better.
 
-    The first model becomes champion. A later one must have a higher mIoU on the same images with a paired bootstrap interval
-    that excludes zero, and no class that loses too much; otherwise it gets the alias challenger.
+    The first model becomes champion. A later one must have a higher mIoU on the same images with a paired bootstrap
+    interval that excludes zero, and no class that loses too much; otherwise it gets the alias challenger.
     """
     from pipelines.register import register
 

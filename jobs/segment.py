@@ -20,13 +20,23 @@ EXIT_FAILED_IMAGES = 3
 @click.option("--dry-run", is_flag=True, help="List and compare only; write nothing.")
 @click.option("--limit", type=int, help="Segment at most this many images.")
 @click.option("--retry-failed", is_flag=True, help="Take images again that failed before.")
-@click.option("--overwrite", is_flag=True, help="Replace an output that was written with another model or other settings.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace an output that was written with another model or other settings."
+)
 @click.option("--max-failure-rate", type=float, help="Stop when a larger share of the images fails (default 0.5).")
 @config_option
 @set_option
 @json_option
 @debug_option
-def command(source: str | None, target: str | None, config: str | None, settings: tuple[str, ...], as_json: bool, dry_run: bool, **flags: Any) -> None:
+def command(
+    source: str | None,
+    target: str | None,
+    config: str | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+    dry_run: bool,
+    **flags: Any,
+) -> None:
     """Segment every image under SOURCE into TARGET: a mask and a row for each.
 
     \b
@@ -38,9 +48,9 @@ def command(source: str | None, target: str | None, config: str | None, settings
     TARGET/results/*.parquet   a row for each image: status, size, pixels per class, confidence, reason of a failure
     TARGET/report.json         counts and rates
 
-    Run it again after any interruption, or when images were added: only what is missing is done. A bad image becomes a failed
-    row and never stops the rest. Endpoint and keys come from AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and
-    AWS_REGION; the model registry from MLFLOW_TRACKING_URI.
+    Run it again after any interruption, or when images were added: only what is missing is done. A bad image becomes
+    a failed row and never stops the rest. Endpoint and keys come from AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
+    AWS_SECRET_ACCESS_KEY and AWS_REGION; the model registry from MLFLOW_TRACKING_URI.
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done with failed images.
     """
@@ -51,8 +61,16 @@ def command(source: str | None, target: str | None, config: str | None, settings
     recipe, workspace = read_recipe(config, (*settings, *given))
     found = segment(workspace, recipe, dry_run=dry_run)
     if isinstance(found, Plan):
-        counts = {"images": found.listed, "to_do": len(found.todo), "done": found.done, "failed_before": found.failed_before, "skipped": found.skipped}
-        click.echo(json.dumps(counts) if as_json else ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()))
+        counts = {
+            "images": found.listed,
+            "to_do": len(found.todo),
+            "done": found.done,
+            "failed_before": found.failed_before,
+            "skipped": found.skipped,
+        }
+        click.echo(
+            json.dumps(counts) if as_json else ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items())
+        )
         return
     show(found, as_json)
     if found.results["failed_rows"]:

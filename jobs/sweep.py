@@ -13,8 +13,8 @@ from jobs.options import main, read_recipe, recipe_options, show
 def command(config: str | None, settings: tuple[str, ...], as_json: bool) -> None:
     """Search separation-loss weights and backbones with Ray Tune.
 
-    Ends with a table, a plot and best.yaml, which `repsep train --config best.yaml` takes unchanged. Without a config it
-    searches on the generated demo data.
+    Ends with a table, a plot and best.yaml, which `repsep train --config best.yaml` takes unchanged. Without a config
+    it searches on the generated demo data.
     """
     from pipelines.prepare import prepare
     from pipelines.sweep import sweep

@@ -13,8 +13,8 @@ from jobs.options import main, read_recipe, recipe_options, show
 def command(config: str | None, settings: tuple[str, ...], as_json: bool) -> None:
     """Train a segmentor with Ray Train on the latest prepared dataset.
 
-    Run again after any interruption, it goes on from the last checkpoint. Without a config it trains on generated demo data.
-    Against a cluster: ray job submit --working-dir . -- python jobs/train.py --config RECIPE
+    Run again after any interruption, it goes on from the last checkpoint. Without a config it trains on generated
+    demo data. Against a cluster: ray job submit --working-dir . -- python jobs/train.py --config RECIPE
     """
     from pipelines.prepare import prepare
     from pipelines.train import train

@@ -45,6 +45,6 @@ def refuse_local(uri: str, what: str) -> None:
     """On more than one node a local path means another folder on each: raise UsageError."""
     if is_local(uri) and len(nodes()) > 1:
         raise UsageError(
-            f"{what} is the local path {uri}, but the cluster has {len(nodes())} nodes, which would each see their own; "
-            "use object storage or a shared file system under an fsspec URI"
+            f"{what} is the local path {uri}, but the cluster has {len(nodes())} nodes, which would each see "
+            "their own; use object storage or a shared file system under an fsspec URI"
         )

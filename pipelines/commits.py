@@ -3,12 +3,12 @@
     run.json                    whose output this is; written first, by conditional PUT
     classes.json                the palette and the names
     masks/<key>.png             one for each image, written before its row
-    _commits/<hash>.parquet     rows of a batch, at least once; named by the hash of its keys and etags
+    _commits/<hash>.parquet     rows of a batch, at least once; named by the hash of its keys, etags and states
     results/part-*.parquet      one row per key; what users read
-    results/_manifests/<n>.json which parts are current; each a conditional PUT, so of two compactions one wins
+    results/_manifests/<n>.json which part is current; each a conditional PUT and kept, so of two compactions one wins
 
-There is no lock. A row may be committed twice, by a retry or by two jobs on one output; compaction keeps the newest version
-of an image, and of one version an `ok` before a `failed`.
+There is no lock. A row may be committed twice, by a retry or by two jobs on one output; compaction keeps the newest
+version of an image, and of one version an `ok` before a `failed`.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ _ESCAPED = re.compile(r"^%(25)*(00|2E|2E%2E|5Flong)$")
 def object_key(prefix: str, key: str, suffix: str, *, root: str, local: bool) -> str:
     """Where the output of `key` goes below the output's folder: `<prefix>/<key><suffix>`, or `_long/<sha256>` of it.
 
-    Different keys never share a name: components that a store or a disk would misread are percent-encoded, and what looks
-    encoded already gets another percent sign.
+    Different keys never share a name: components that a store or a disk would misread are percent-encoded, and what
+    looks encoded already gets another percent sign.
     """
     parts = [RESERVED.get(p, p.replace("%", "%25", 1) if _ESCAPED.match(p) else p) for p in key.split("/")]
     name = f"{prefix}/{'/'.join(parts)}{suffix}"
@@ -98,7 +98,9 @@ class Output:
             different = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
             if different:
                 said = ", ".join(f"{k} {found.get(k)!r} instead of {settings.get(k)!r}" for k in different)
-                raise UsageError(f"{self.folder.uri} was written with {said}; use a new prefix, or --overwrite to replace it")
+                raise UsageError(
+                    f"{self.folder.uri} was written with {said}; use a new prefix, or --overwrite to replace it"
+                )
         self.folder.write(CLASSES, json.dumps(classes, indent=1, ensure_ascii=False).encode())
 
     def committed(self) -> dict[str, Committed]:
@@ -108,19 +110,20 @@ class Output:
 
     def commit(self, rows: list[dict[str, Any]]) -> None:
         """Write a batch's rows; their masks are there already."""
-        name = hashlib.sha256(json.dumps(sorted([r["key"], r["etag"]] for r in rows)).encode()).hexdigest()
+        # A second attempt with another outcome is another object: a compaction may be about to remove the first.
+        what = sorted([r["key"], r["etag"], r["status"]] for r in rows)
+        name = hashlib.sha256(json.dumps(what).encode()).hexdigest()
         self.folder.write(f"{COMMITS}/{name}.parquet", _parquet(pa.Table.from_pylist(rows, schema=ROW_SCHEMA)))
 
     def compact(self) -> tuple[int, int]:
-        """Fold the commits into `results/`: one row per key, in order of key. Returns the numbers of rows and failed rows."""
+        """Fold the commits into `results/`: one row per key, in order of key. Returns how many, and how many failed."""
         for _ in range(ATTEMPTS):
-            version, found = self._manifest()
-            parts = found["parts"]
-            commits = [e.key for e in self.folder.list(f"{COMMITS}/")]
+            commits = self._keys(f"{COMMITS}/")
+            version, found = self._manifest()  # after the commits: what is gone from them by now is in its part
             if not commits:
                 return found["rows"], found["failed"]
             try:
-                table = _newest(self._read([*parts, *commits], None)).sort_by("key")
+                table = _newest(self._read([*found["parts"], *commits], None)).sort_by("key")
             except StorageError as error:
                 if isinstance(error.__cause__, FileNotFoundError):
                     continue  # another job compacted in between
@@ -133,7 +136,9 @@ class Output:
                 self._remove_older(version + 1, part, commits)
                 return table.num_rows, failed
             self.folder.delete(part)
-        raise StorageError(f"{self.folder.uri}: other jobs kept changing the results while this one compacted; run it again")
+        raise StorageError(
+            f"{self.folder.uri}: other jobs kept changing the results while this one compacted; run it again"
+        )
 
     def results(self) -> pa.Table:
         """All rows of the current results."""
@@ -141,11 +146,11 @@ class Output:
 
     def has_commits(self) -> bool:
         """Whether there are rows that are not in `results/` yet."""
-        return any(True for _ in self.folder.list(f"{COMMITS}/"))
+        return bool(self._keys(f"{COMMITS}/"))
 
     def _manifest(self) -> tuple[int, dict[str, Any]]:
         """The newest manifest with its number; an empty one with number 0 where there is none."""
-        newest = max((e.key for e in self.folder.list(f"{MANIFESTS}/")), default=None)
+        newest = max(self._keys(f"{MANIFESTS}/"), default=None)
         if newest is None:
             return 0, {"parts": [], "rows": 0, "failed": 0}
         found: dict[str, Any] = json.loads(self.folder.read(newest))
@@ -153,13 +158,15 @@ class Output:
 
     def _all_rows(self, columns: list[str]) -> pa.Table:
         for _ in range(ATTEMPTS):
-            commits = [e.key for e in self.folder.list(f"{COMMITS}/")]
+            commits = self._keys(f"{COMMITS}/")
             try:
                 return self._read([*self._manifest()[1]["parts"], *commits], columns)
             except StorageError as error:
                 if not isinstance(error.__cause__, FileNotFoundError):
                     raise
-        raise StorageError(f"{self.folder.uri}: other jobs kept changing the results while they were read; run it again")
+        raise StorageError(
+            f"{self.folder.uri}: other jobs kept changing the results while they were read; run it again"
+        )
 
     def _read(self, keys: Iterable[str], columns: list[str] | None) -> pa.Table:
         tables = [pq.read_table(io.BytesIO(self.folder.read(key)), columns=columns) for key in keys]
@@ -167,17 +174,28 @@ class Output:
         return pa.concat_tables(tables) if tables else fields.empty_table()
 
     def _remove_older(self, version: int, part: str, commits: list[str]) -> None:
+        """Commits last: while there are any, the next compaction cleans up what an interruption left.
+
+        NOTE manifests stay: with a number free again, a slow compaction could take it and remove what it never folded.
+        """
+        for key in self._keys(f"{RESULTS}/part-"):
+            if key != part and int(key.removeprefix(f"{RESULTS}/part-")[:8]) <= version:
+                self.folder.delete(key)
         for key in commits:
             self.folder.delete(key)
-        for entry in list(self.folder.list(f"{RESULTS}/")):
-            number = re.search(r"(\d{8})", posixpath.basename(entry.key))
-            if entry.key != part and number is not None and int(number[1]) <= version - entry.key.startswith(MANIFESTS):
-                self.folder.delete(entry.key)
+
+    def _keys(self, prefix: str) -> list[str]:
+        try:
+            return [entry.key for entry in self.folder.list(prefix)]
+        except StorageError as error:
+            if self.folder.local and isinstance(error.__cause__, FileNotFoundError):
+                return []  # a dry run before the first run
+            raise
 
     def _clear(self) -> None:
         for prefix in (MASKS, CONFIDENCE, RESULTS, COMMITS):
-            for entry in list(self.folder.list(f"{prefix}/")):
-                self.folder.delete(entry.key)
+            for key in self._keys(f"{prefix}/"):
+                self.folder.delete(key)
         for key in (RUN, CLASSES, REPORT):
             self.folder.delete(key)
 
@@ -187,17 +205,15 @@ def _newest(rows: pa.Table) -> pa.Table:
     keys, etags = rows["key"].to_pylist(), rows["etag"].to_pylist()
     oks = [status == OK for status in rows["status"].to_pylist()]
     times = rows["finished_at"].cast(pa.int64()).to_pylist()
-    best: dict[str, int] = {}
+    seen: dict[tuple[str, str], int] = {}  # when a version was met last
+    for version, finished_at in zip(zip(keys, etags, strict=True), times, strict=True):
+        seen[version] = max(finished_at, seen.get(version, finished_at))
+    best: dict[str, tuple[tuple[int, str, bool, int], int]] = {}
     for i, key in enumerate(keys):
-        j = best.get(key)
-        if j is None:
-            best[key] = i
-        elif etags[i] == etags[j]:
-            if (oks[i], times[i]) > (oks[j], times[j]):
-                best[key] = i
-        elif times[i] > times[j]:
-            best[key] = i
-    return rows.take(pa.array(sorted(best.values()), pa.int64()))
+        rank = seen[key, etags[i]], etags[i], oks[i], times[i]
+        if key not in best or rank > best[key][0]:
+            best[key] = rank, i
+    return rows.take(pa.array(sorted(i for _, i in best.values()), pa.int64()))
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -1,8 +1,8 @@
 """The recipe: one pydantic model for each stage, YAML in, clear errors out.
 
-Every field has its reason in `description`, which `--help` and error messages use. A key that does not exist is an error:
-a misspelt setting that is ignored costs a night of training. What is under `runtime:` says where a stage runs, not what it
-computes, and is left out of its fingerprint.
+Every field has its reason in `description`, which `--help` and error messages use. A key that does not exist is an
+error: a misspelt setting that is ignored costs a night of training. What is under `runtime:` says where a stage runs,
+not what it computes, and is left out of its fingerprint.
 """
 
 from __future__ import annotations
@@ -29,10 +29,19 @@ class Section(BaseModel):
 class PrepareConfig(Section):
     """Folders of image and mask pairs -> a sharded dataset."""
 
-    source: str | None = Field(None, description="URI of a folder: images/{split}, masks/{split}, classes.json; by default generated scenes")
-    val_fraction: float = Field(0.2, gt=0, lt=1, description="share of the groups that becomes val where there are no split folders")
-    group_pattern: str | None = Field(None, description="regular expression on the key whose first group names what must not be split, such as a video")
-    max_reject_rate: float = Field(0.01, ge=0, le=1, description="the stage fails if a larger share of the pairs is rejected")
+    source: str | None = Field(
+        None, description="URI of a folder: images/{split}, masks/{split}, classes.json; by default generated scenes"
+    )
+    val_fraction: float = Field(
+        0.2, gt=0, lt=1, description="share of the groups that becomes val where there are no split folders"
+    )
+    group_pattern: str | None = Field(
+        None,
+        description="regular expression on the key whose first group names what must not be split, such as a video",
+    )
+    max_reject_rate: float = Field(
+        0.01, ge=0, le=1, description="the stage fails if a larger share of the pairs is rejected"
+    )
     shard_rows: int = Field(512, ge=1, description="images in a shard")
     row_group_rows: int = Field(16, ge=1, description="images in a row group, what a reader reads at once")
     seed: int = Field(0, ge=0, description="of the split and of generated scenes")
@@ -43,13 +52,17 @@ class ModelConfig(Section):
 
     backbone: str = Field("vit_tiny_patch16_224", description="timm model name")
     backbone_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for timm.create_model")
-    pretrained: bool | str = Field(False, description="false, true (timm's weights by name) or a file of backbone weights")
+    pretrained: bool | str = Field(
+        False, description="false, true (timm's weights by name) or a file of backbone weights"
+    )
     width: int | None = Field(None, ge=8, description="channels of our parts")
     stride: Literal[4, 8, 16, 32] = Field(8, description="pixels between the locations of our parts")
     drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth of the backbone")
     local_pathway: bool = Field(True, description="the second pathway that restores local detail")
     local_discrepancy: bool = Field(True, description="the pathway's discrepancy term")
-    separation: Literal["none", "local", "region"] = Field("region", description="how deep representations are separated")
+    separation: Literal["none", "local", "region"] = Field(
+        "region", description="how deep representations are separated"
+    )
     cross_attention: int = Field(1, ge=0, description="layers of discriminative cross-attention")
     window: int = Field(512, ge=32, description="side of the sliding window for large images")
 
@@ -100,11 +113,17 @@ class TrainConfig(Section):
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     steps: int = Field(400, ge=1, description="optimizer steps")
     batch_size: int = Field(8, ge=1, description="images in a step over all workers")
-    micro_batch: int | None = Field(None, ge=1, description="images in one forward of a worker; by default all of its share")
+    micro_batch: int | None = Field(
+        None, ge=1, description="images in one forward of a worker; by default all of its share"
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
-    head_lr_scale: float = Field(1.0, gt=0, description="our parts learn at lr times this; 10 is usual on pretrained backbones")
-    layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the rate from each backbone layer to the one below")
-    weight_decay: float = Field(0.05, ge=0)
+    head_lr_scale: float = Field(
+        1.0, gt=0, description="our parts learn at lr times this; 10 is usual on pretrained backbones"
+    )
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="factor on the rate from each backbone layer to the one below"
+    )
+    weight_decay: float = Field(0.05, ge=0, description="of AdamW; norms and biases have none")
     warmup_steps: int = Field(30, ge=0, description="steps of linear warm-up")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.99, ge=0, lt=1, description="decay of the moving average of the weights")
@@ -120,7 +139,7 @@ class SweepRuntime(Section):
     """Where the sweep runs."""
 
     max_concurrent_trials: int | None = Field(None, ge=1, description="by default what the cluster's resources hold")
-    workers_per_trial: int = Field(1, ge=1)
+    workers_per_trial: int = Field(1, ge=1, description="Ray Train workers in each trial")
     max_failures: int = Field(1, ge=0, description="how often a failed trial is tried again")
 
 
@@ -128,7 +147,12 @@ class SearchSpace(Section):
     """What is searched: a [low, high] pair is log-uniform, a list is a choice."""
 
     loss: dict[str, tuple[float, float]] = Field(
-        default_factory=lambda: {"local": (0.1, 1.0), "attention": (0.1, 1.0), "region": (0.02, 0.5), "patch": (0.02, 0.5)},
+        default_factory=lambda: {
+            "local": (0.1, 1.0),
+            "attention": (0.1, 1.0),
+            "region": (0.02, 0.5),
+            "patch": (0.02, 0.5),
+        },
         description="range of each separation-loss weight",
     )
     off: float = Field(0.2, ge=0, lt=1, description="probability that a loss weight is 0 instead")
@@ -154,24 +178,28 @@ class SweepConfig(Section):
     holdout: float = Field(0.2, gt=0, lt=1, description="share of train that trials are judged on")
     confirm_seeds: int = Field(1, ge=0, description="fresh seeds with which the best and the default are trained again")
     search: SearchSpace = Field(default_factory=SearchSpace)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of the points that are tried")
     runtime: SweepRuntime = Field(default_factory=SweepRuntime)
 
 
 class EvaluateConfig(Section):
     """Per-class results of a model on a dataset's split."""
 
-    model: str | None = Field(None, description="directory of a segmentor or models:/name@alias; by default the latest train's")
+    model: str | None = Field(
+        None, description="directory of a segmentor or models:/name@alias; by default the latest train's"
+    )
     dataset: str | None = Field(None, description="URI of a prepared dataset; by default the latest prepare's")
-    split: str = Field("val")
+    split: str = Field("val", description="which images the model is judged on")
     overlays: int = Field(6, ge=0, description="images drawn for the report")
 
 
 class RegisterConfig(Section):
     """A version in the MLflow model registry, and the gate before the alias `champion`."""
 
-    name: str = Field("repsep", min_length=1, description="name of the registered model")
-    max_class_drop: float = Field(0.02, ge=0, description="largest loss of IoU that any class of 1,000 pixels or more may have")
+    name: str = Field("repsep", pattern="^[^/:@]+$", description="name of the registered model, without / : @")
+    max_class_drop: float = Field(
+        0.02, ge=0, description="largest loss of IoU that any class of 1,000 pixels or more may have"
+    )
     bootstrap: int = Field(2000, ge=100, description="resamples of the paired bootstrap over images")
 
 
@@ -189,13 +217,19 @@ class SegmentConfig(Section):
 
     source: str | None = Field(None, description="URI of a prefix of images or of one image")
     target: str | None = Field(None, description="URI of the output prefix")
-    model: str | None = Field(None, description="models:/name@alias, models:/name/version or a directory; by default the registered champion")
-    include: tuple[str, ...] = Field((".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"), description="extensions that are images")
+    model: str | None = Field(
+        None, description="models:/name@alias, models:/name/version or a directory; by default the registered champion"
+    )
+    include: tuple[str, ...] = Field(
+        (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"), description="extensions that are images"
+    )
     confidence: bool = Field(False, description="also write the confidence as 8-bit PNG")
     bf16: bool = Field(True, description="run the model in bfloat16 autocast")
     model_batch: int = Field(1, ge=1, description="images of one shape in a call of the model; 8 to 32 suit a GPU")
     pixel_budget: int = Field(4 * 1024 * 1024, ge=1024, description="images over this many pixels go by windows")
-    max_pixels: int = Field(512 * 1024 * 1024, ge=1024, description="images over this many pixels are refused, as failed rows")
+    max_pixels: int = Field(
+        512 * 1024 * 1024, ge=1024, description="images over this many pixels are refused, as failed rows"
+    )
     max_failure_rate: float = Field(0.5, ge=0, le=1, description="stop when a larger share of the images fails")
     overwrite: bool = Field(False, description="replace an output that another model wrote")
     retry_failed: bool = Field(False, description="take failed images again")
@@ -206,14 +240,18 @@ class SegmentConfig(Section):
 class TrackingConfig(Section):
     """MLflow."""
 
-    uri: str | None = Field(None, description="tracking URI; by default $MLFLOW_TRACKING_URI, else sqlite in the workspace's home")
-    experiment: str = Field("repsep", min_length=1)
+    uri: str | None = Field(
+        None, description="tracking URI; by default $MLFLOW_TRACKING_URI, else sqlite in the workspace's home"
+    )
+    experiment: str = Field("repsep", min_length=1, description="under which runs are listed")
 
 
 class Recipe(Section):
     """One file for all stages."""
 
-    workspace: str | None = Field(None, description="URI under which stages write; by default $REPSEP_HOME/workspace or .repsep/workspace")
+    workspace: str | None = Field(
+        None, description="URI under which stages write; by default $REPSEP_HOME/workspace or .repsep/workspace"
+    )
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     prepare: PrepareConfig = Field(default_factory=PrepareConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -246,7 +284,7 @@ def load_recipe(path: str | Path | None, settings: Sequence[str] = ()) -> Recipe
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(file.read_bytes())
     except FileNotFoundError as error:
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise UsageError(f"there is no recipe {file}; give a path, or one that comes with repsep: {known}") from error
@@ -293,8 +331,10 @@ def _near(loc: tuple[int | str, ...]) -> str:
     """The closest key that does exist in that section."""
     model: type[BaseModel] | None = Recipe
     for part in loc[:-1]:
+        if isinstance(part, int):
+            continue  # a place in a list: its elements were found with the list
         names = {(f.alias or n): f for n, f in model.model_fields.items()} if model is not None else {}
-        annotation = names[str(part)].annotation if str(part) in names else None
+        annotation = names[part].annotation if part in names else None
         members = [annotation, *getattr(annotation, "__args__", ())]
         model = next((m for m in members if isinstance(m, type) and issubclass(m, BaseModel)), None)
     if model is None:

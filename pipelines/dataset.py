@@ -3,8 +3,8 @@
     dataset.json                classes, splits with shards and digests, pixel counts
     <split>/part-00000.parquet  key, image, mask, height, width, classes
 
-The order of training samples is a function of (seed, epoch) and a position is a *global sample count*: neither depends on
-the number of workers, so a run can resume, or change its size, without seeing an image twice.
+The order of training samples is a function of (seed, epoch) and a position is a *global sample count*: neither
+depends on the number of workers, so a run can resume, or change its size, without seeing an image twice.
 """
 
 from __future__ import annotations
@@ -129,7 +129,10 @@ class Split:
         part = Split(self.folder, self.shards, self.group_pattern)
         for number in range(len(self.groups)):
             keys = self._read_group(number, ["key"])["key"].to_pylist()
-            chosen = [in_share(group_of(k, self.group_pattern), share, seed) == inside for k in keys]
+            below = [
+                k.removeprefix(f"{self.groups[number][0].partition('/')[0]}/") for k in keys
+            ]  # the split's own folder
+            chosen = [in_share(group_of(k, self.group_pattern), share, seed) == inside for k in below]
             part.rows[number] = np.flatnonzero(chosen)
         if len(part) == 0:
             raise UsageError(f"a holdout of {share} leaves no image on one side; give another share or more images")

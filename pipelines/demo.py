@@ -1,7 +1,7 @@
 """The main job on one machine: a local Ray, an S3 endpoint on loopback, MLflow on sqlite, all under one folder.
 
-The endpoint is moto's server, which keeps objects in memory; the bucket is copied to a folder at the end and back at the
-start, so that a second demo finds what the first one left.
+The endpoint is moto's server, which keeps objects in memory; the bucket is copied to a folder at the end and back at
+the start, so that a second demo finds what the first one left.
 """
 
 from __future__ import annotations
@@ -94,9 +94,17 @@ def loopback_s3(folder: Path) -> Iterator[str]:
         raise UsageError("the demo's S3 endpoint needs moto; install repsep with its dev extra (make setup)") from error
     with (folder / "server.log").open("wb") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
         )
-    keys = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1"}
+    keys = {
+        "AWS_ACCESS_KEY_ID": "demo",
+        "AWS_SECRET_ACCESS_KEY": "demo",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     unset = {"AWS_ENDPOINT_URL_S3": "", "AWS_PROFILE": "", "AWS_SESSION_TOKEN": ""}
     try:
         with _environment({"AWS_ENDPOINT_URL": endpoint} | keys | unset):

@@ -67,7 +67,13 @@ def read_counts(receipt: Receipt) -> tuple[list[str], Counts]:
 
 
 def _evaluate(
-    run: StageRun, config: EvaluateConfig, dataset: Dataset, model: FetchedModel, recipe: Recipe, model_uri: str, mlflow_run: str | None
+    run: StageRun,
+    config: EvaluateConfig,
+    dataset: Dataset,
+    model: FetchedModel,
+    recipe: Recipe,
+    model_uri: str,
+    mlflow_run: str | None,
 ) -> None:
     _check_classes(dataset, model)
     keys, counts = _count_split(run, config, dataset, model)
@@ -89,7 +95,11 @@ def _evaluate(
         "prior_aacc": _number(prior.aacc),
         "iou": per_class,
     }
-    run.outputs = [PER_IMAGE, *(f"{OVERLAYS}/{e.key}" for e in (run.folder / OVERLAYS).list())] if config.overlays else [PER_IMAGE]
+    run.outputs = (
+        [PER_IMAGE, *(f"{OVERLAYS}/{e.key}" for e in (run.folder / OVERLAYS).list())]
+        if config.overlays
+        else [PER_IMAGE]
+    )
     if mlflow_run is not None:
         logger = tracking.RunLogger(tracking.tracking_uri(recipe.tracking), mlflow_run)
         logger.metrics({f"eval/{n}": v for n, v in scores.means().items()} | {"eval/prior_miou": prior.miou})
@@ -99,8 +109,8 @@ def _evaluate(
 def prior_scores(dataset: Dataset, split: str) -> Scores:
     """What knowing only the position gives: the commonest class of train at each pixel position, no image read.
 
-    Where sizes differ, masks are brought to the commonest one (nearest); of more than 2,000 train masks an even sample is
-    taken.
+    Where sizes differ, masks are brought to the commonest one (nearest); of more than 2,000 train masks an even
+    sample is taken.
     """
     sizes: Counter[tuple[int, ...]] = Counter()
     masks = list(dataset.split("train").masks(PRIOR_MASKS))
@@ -113,18 +123,24 @@ def prior_scores(dataset: Dataset, split: str) -> Scores:
             if k < dataset.num_classes:
                 votes[k] += resized == k
     guess = votes.argmax(axis=0).astype(np.uint8)
-    counts = [_image_counts(_nearest(guess, m.shape), m, dataset.num_classes) for m in dataset.split(split).masks(10**9)]
+    counts = [
+        _image_counts(_nearest(guess, m.shape), m, dataset.num_classes) for m in dataset.split(split).masks(10**9)
+    ]
     return scores_from_counts(*np.sum(counts, axis=0))
 
 
-def _count_split(run: StageRun, config: EvaluateConfig, dataset: Dataset, model: FetchedModel) -> tuple[list[str], Counts]:
-    """Each of several Ray tasks takes every n-th image; the counts come back by key, so that their number cannot matter."""
+def _count_split(
+    run: StageRun, config: EvaluateConfig, dataset: Dataset, model: FetchedModel
+) -> tuple[list[str], Counts]:
+    """Each of several Ray tasks takes every n-th image; the counts come back by key: their number cannot matter."""
     cluster.connect()
     gpus = int(ray.cluster_resources().get("GPU", 0))
     workers = gpus or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    files = ray.put(model.files())
+    files: Any = ray.put(model.files())
     task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=3)(_evaluate_share)
-    pending = [task.remote(files, dataset.folder.uri, config.split, rank, workers, config.overlays) for rank in range(workers)]
+    pending = [
+        task.remote(files, dataset.folder.uri, config.split, rank, workers, config.overlays) for rank in range(workers)
+    ]
     found: dict[str, Any] = {}
     progress = Progress("evaluate: image", len(dataset.split(config.split)))
     while pending:
@@ -139,7 +155,9 @@ def _count_split(run: StageRun, config: EvaluateConfig, dataset: Dataset, model:
     return keys, {name: stacked[:, i] for i, name in enumerate(COUNTS)}
 
 
-def _evaluate_share(files: Mapping[str, bytes], dataset_uri: str, split: str, rank: int, workers: int, overlays: int) -> list[Any]:
+def _evaluate_share(
+    files: Mapping[str, bytes], dataset_uri: str, split: str, rank: int, workers: int, overlays: int
+) -> list[Any]:
     """(key, number, (3, K) counts, picture or None) of this share's images."""
     dataset = open_dataset(dataset_uri)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -169,7 +187,9 @@ def _image_counts(predicted: UInt8, mask: UInt8, num_classes: int) -> NDArray[np
 def _triptych(image: UInt8, mask: UInt8, labels: UInt8, colours: list[list[int]]) -> bytes:
     """Image, labels and prediction side by side, as JPEG."""
     out = io.BytesIO()
-    Image.fromarray(np.hstack([image, overlay(image, mask, colours), overlay(image, labels, colours)])).save(out, "JPEG", quality=88)
+    Image.fromarray(np.hstack([image, overlay(image, mask, colours), overlay(image, labels, colours)])).save(
+        out, "JPEG", quality=88
+    )
     return out.getvalue()
 
 
@@ -184,7 +204,10 @@ def _nearest(mask: UInt8, size: tuple[int, ...]) -> UInt8:
 def _check_classes(dataset: Dataset, model: FetchedModel) -> None:
     own = [c["name"] for c in load_classes(model.directory)["classes"]]
     if own != dataset.class_names:
-        raise UsageError(f"the model knows the classes {own}, the dataset {dataset.folder.uri} has {dataset.class_names}; they must be the same")
+        raise UsageError(
+            f"the model knows the classes {own}, the dataset {dataset.folder.uri} has {dataset.class_names}; "
+            "they must be the same"
+        )
 
 
 def _write_per_image(run: StageRun, keys: list[str], counts: Counts) -> None:

@@ -1,4 +1,4 @@
-"""A model's URI to a directory on this machine: `models:/name@alias`, `models:/name/version`, or a directory anywhere."""
+"""A model's URI to a directory here: `models:/name@alias`, `models:/name/version`, or a directory anywhere."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ def fetch_model(uri: str, config: TrackingConfig) -> Iterator[FetchedModel]:
             for file in FILES:
                 data = folder.read_if_present(file)
                 if data is None:
-                    raise RepsepError(f"{uri} holds no segmentor: {file} is missing; give a directory that training or save_segmentor wrote")
+                    raise RepsepError(
+                        f"{uri} holds no segmentor: {file} is missing; give a directory that "
+                        "training or save_segmentor wrote"
+                    )
                 (directory / file).write_bytes(data)
         yield FetchedModel(directory, version, digest_of_files({f: (directory / f).read_bytes() for f in FILES}))
 

@@ -1,4 +1,4 @@
-"""Folders of images and masks -> a sharded dataset. Also the label linter: every rejected pair is named with its reason.
+"""Folders of images and masks -> a sharded dataset. Also the label linter: what is rejected is named with its reason.
 
 The default layout is images/{split}/**, masks/{split}/** (same path, .png) and classes.json. Without split folders the
 pairs are split deterministically by group.
@@ -70,9 +70,13 @@ class Reject:
 
 
 def prepare(workspace: str, config: PrepareConfig) -> Receipt:
-    """Run the stage. Raises RepsepError when too many pairs are rejected, UsageError for a source that is no dataset."""
+    """Run the stage. Raises RepsepError if too many pairs are rejected, UsageError for a source that is no dataset."""
     source = Folder(config.source) if config.source is not None else Folder(str(_scenes(config.seed)))
-    entries = [(e.key, e.size, e.etag) for e in source.list() if e.key.startswith(("images/", "masks/")) or e.key == "classes.json"]
+    entries = [
+        (e.key, e.size, e.etag)
+        for e in source.list()
+        if e.key.startswith(("images/", "masks/")) or e.key == "classes.json"
+    ]
     listing = digest_of([source.uri, *sorted(entries)])
     return run_stage(
         "prepare",
@@ -88,16 +92,25 @@ def read_classes(source: Folder) -> dict[str, Any]:
     """classes.json, checked: ids 0..K-1 in order, names, colours. Raises UsageError."""
     data = source.read_if_present("classes.json")
     if data is None:
-        raise UsageError(f"{source.uri} has no classes.json; it lists the classes as [{{id, name, color: [r, g, b]}}, ...]")
+        raise UsageError(
+            f"{source.uri} has no classes.json; it lists the classes as [{{id, name, color: [r, g, b]}}, ...]"
+        )
     try:
         found = json.loads(data)
-        classes = [{"id": int(c["id"]), "name": str(c["name"]), "color": [int(v) for v in c["color"]]} for c in found["classes"]]
+        classes: list[dict[str, Any]] = [
+            {"id": int(c["id"]), "name": str(c["name"]), "color": [int(v) for v in c["color"]]}
+            for c in found["classes"]
+        ]
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{source.uri_of('classes.json')} cannot be understood: {type(error).__name__} {error}") from error
+        raise UsageError(
+            f"{source.uri_of('classes.json')} cannot be understood: {type(error).__name__} {error}"
+        ) from error
     if not classes or len(classes) > MAX_CLASSES:
         raise UsageError(f"{source.uri_of('classes.json')} has {len(classes)} classes; 1 to {MAX_CLASSES} are possible")
     if [c["id"] for c in classes] != list(range(len(classes))):
-        raise UsageError(f"{source.uri_of('classes.json')}: ids must be 0 to {len(classes) - 1} in order; 255 is what is ignored")
+        raise UsageError(
+            f"{source.uri_of('classes.json')}: ids must be 0 to {len(classes) - 1} in order; 255 is what is ignored"
+        )
     if any(len(c["color"]) != 3 or not all(0 <= v <= 255 for v in c["color"]) for c in classes):
         raise UsageError(f"{source.uri_of('classes.json')}: every colour needs three values in 0..255")
     name = str(found.get("name") or posixpath.basename(source.uri))
@@ -106,10 +119,20 @@ def read_classes(source: Folder) -> dict[str, Any]:
 
 def find_pairs(keys: Iterable[str], config: PrepareConfig) -> list[Pair]:
     """Pair images with masks by path; splits from the folders, or by group where there are none."""
-    by_stem = {k[len("masks/") :].rpartition(".")[0]: k for k in keys if k.startswith("masks/") and k.lower().endswith(MASK_EXTENSIONS)}
+    by_stem = {
+        k[len("masks/") :].rpartition(".")[0]: k
+        for k in keys
+        if k.startswith("masks/") and k.lower().endswith(MASK_EXTENSIONS)
+    }
     images = sorted(k for k in keys if k.startswith("images/") and k.lower().endswith(IMAGE_EXTENSIONS))
     stems = {k: k[len("images/") :].rpartition(".")[0] for k in images}
-    split_folders = bool(images) and all(stem.partition("/")[0] in SPLITS for stem in stems.values())
+    outside = [image for image in images if not stems[image].startswith(tuple(f"{split}/" for split in SPLITS))]
+    split_folders = not outside
+    if outside and len(outside) < len(images):
+        raise UsageError(
+            f"some images are in folders for a split, {outside[0]} is not; move all below images/train, images/val or "
+            "images/test, or rename those folders"
+        )
     pairs = []
     for image in images:
         if split_folders:
@@ -138,19 +161,26 @@ def check_pair(source: Folder, pair: Pair, classes: list[dict[str, Any]]) -> Row
     except ImageError as error:
         return Reject(pair.mask, pair.split, str(error))
     if ids.shape != pixels.shape[:2]:
-        turned = ids.shape == pixels.shape[1::-1] and image_size(image) == pixels.shape[:2]
+        with Image.open(io.BytesIO(image)) as raw:
+            turned = ids.shape == raw.size[::-1]
         hint = "; the image carries an EXIF rotation that the mask does not have" if turned else ""
-        return Reject(pair.mask, pair.split, f"the mask is {ids.shape[1]} x {ids.shape[0]}, the image {pixels.shape[1]} x {pixels.shape[0]}{hint}")
+        return Reject(
+            pair.mask,
+            pair.split,
+            f"the mask is {ids.shape[1]} x {ids.shape[0]}, the image {pixels.shape[1]} x {pixels.shape[0]}{hint}",
+        )
     counts = np.bincount(ids.ravel(), minlength=256)
     outside = [int(i) for i in np.flatnonzero(counts[:IGNORE_INDEX]) if i >= len(classes)]
     if outside:
         return Reject(pair.mask, pair.split, _outside(outside, counts, len(classes)))
     key = pair.image[len("images/") :]
-    return Row(key, image, mask, *ids.shape, counts[: len(classes)], hashlib.sha256(image).hexdigest())
+    height, width = ids.shape
+    return Row(key, image, mask, height, width, counts[: len(classes)], hashlib.sha256(image).hexdigest())
 
 
 def _outside(outside: list[int], counts: Any, classes: int) -> str:
-    hint = f"; correct the mask, or add the classes to classes.json (ids 0 to {classes - 1} and {IGNORE_INDEX}, ignored, are possible)"
+    possible = f"ids 0 to {classes - 1} and {IGNORE_INDEX}, ignored, are possible"
+    hint = f"; correct the mask, or add the classes to classes.json ({possible})"
     if outside == [classes] and counts[0] == 0:
         hint = "; the ids seem to start at 1: subtract 1, with 0 becoming 255"
     return f"the mask has ids out of range: {', '.join(map(str, outside[:8]))}{hint}"
@@ -158,6 +188,7 @@ def _outside(outside: list[int], counts: Any, classes: int) -> str:
 
 def _class_ids(data: bytes, classes: list[dict[str, Any]]) -> tuple[UInt8, bytes]:
     """Ids and the PNG that holds them; masks painted in the classes' colours are converted by table."""
+    image_size(data)  # raises ImageError for what Pillow cannot open
     with Image.open(io.BytesIO(data)) as image:
         colour, is_png = image.mode in ("RGB", "RGBA"), image.format == "PNG"
     if not colour:
@@ -169,7 +200,9 @@ def _class_ids(data: bytes, classes: list[dict[str, Any]]) -> tuple[UInt8, bytes
         ids[painted == np.array(c["color"]) @ np.array([65536, 256, 1])] = c["id"]
     if (unknown := (ids == IGNORE_INDEX) & (painted != 0)).any():
         first = int(painted[unknown][0])
-        raise ImageError(f"a colour mask with a colour that no class has: {[first >> 16, first >> 8 & 255, first & 255]}")
+        raise ImageError(
+            f"a colour mask with a colour that no class has: {[first >> 16, first >> 8 & 255, first & 255]}"
+        )
     return ids, encode_mask(ids, [c["color"] for c in classes])
 
 
@@ -178,7 +211,10 @@ def _write_dataset(run: StageRun, source: Folder, keys: list[str], config: Prepa
     classes = described["classes"]
     pairs = find_pairs(keys, config)
     if not pairs:
-        raise UsageError(f"{source.uri} has no images under images/; the layout is images/<split>/*.jpg, masks/<split>/*.png, classes.json")
+        raise UsageError(
+            f"{source.uri} has no images under images/; the layout is images/<split>/*.jpg, "
+            "masks/<split>/*.png, classes.json"
+        )
     rejects: list[Reject] = []
     splits: dict[str, Any] = {}
     pixels = np.zeros(len(classes), np.int64)
@@ -195,11 +231,13 @@ def _write_dataset(run: StageRun, source: Folder, keys: list[str], config: Prepa
     if rate > config.max_reject_rate:
         first = "; ".join(f"{source.uri_of(r.key)}: {r.reason}" for r in rejects[:REJECTS_SHOWN])
         raise RepsepError(
-            f"{len(rejects)} of {len(pairs)} pairs were rejected, more than prepare.max_reject_rate={config.max_reject_rate} allows. "
-            f"First: {first}. All are listed in {run.folder.uri_of('rejects.parquet')}"
+            f"{len(rejects)} of {len(pairs)} pairs were rejected, more than "
+            f"prepare.max_reject_rate={config.max_reject_rate} allows. First: {first}. "
+            f"All are listed in {run.folder.uri_of('rejects.parquet')}"
         )
-    if "train" not in splits or "val" not in splits:
-        raise UsageError(f"{source.uri} gives no {'train' if 'train' not in splits else 'val'} images; both splits are needed")
+    for split in ("train", "val"):
+        if split not in splits or splits[split]["images"] == 0:
+            raise UsageError(f"{source.uri} gives no {split} images; both train and val are needed")
     manifest = described | {
         "splits": splits,
         "pixels": pixels.tolist(),
@@ -220,7 +258,11 @@ def _write_dataset(run: StageRun, source: Folder, keys: list[str], config: Prepa
 
 
 def _checked_rows(
-    source: Folder, pairs: list[Pair], classes: list[dict[str, Any]], rejects: list[Reject], seen: dict[str, tuple[str, str]]
+    source: Folder,
+    pairs: list[Pair],
+    classes: list[dict[str, Any]],
+    rejects: list[Reject],
+    seen: dict[str, tuple[str, str]],
 ) -> Iterator[Row]:
     """Rows in order of their pairs, read ahead by threads; rejects are put aside."""
     with ThreadPoolExecutor(THREADS) as pool:
@@ -261,12 +303,19 @@ class _ShardWriter:
         columns["classes"] = [np.flatnonzero(r.counts).tolist() for r in rows]
         out = io.BytesIO()
         size = self.config.row_group_rows
-        pq.write_table(pa.table(columns, schema=SCHEMA), out, row_group_size=size, compression={"key": "zstd"} | dict.fromkeys(("image", "mask"), "none"))
+        pq.write_table(
+            pa.table(columns, schema=SCHEMA),
+            out,
+            row_group_size=size,
+            compression={"key": "zstd"} | dict.fromkeys(("image", "mask"), "none"),
+        )
         data = out.getvalue()
         file = f"{self.prefix.partition('/')[2]}/part-{len(self.shards):05d}.parquet"
         self.folder.write(f"dataset/{file}", data)
         groups = [min(size, len(rows) - start) for start in range(0, len(rows), size)]
-        self.shards.append({"file": file, "rows": len(rows), "row_groups": groups, "sha256": hashlib.sha256(data).hexdigest()})
+        self.shards.append(
+            {"file": file, "rows": len(rows), "row_groups": groups, "sha256": hashlib.sha256(data).hexdigest()}
+        )
 
 
 def _write_rejects(folder: Folder, rejects: list[Reject]) -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 import repsep_model
 from pipelines import tracking
 from pipelines.config import EvaluateConfig, Recipe, RegisterConfig
-from pipelines.errors import UsageError
+from pipelines.errors import RepsepError, UsageError
 from pipelines.evaluate import COUNTS, Counts, evaluate, read_counts
 from pipelines.models import FetchedModel, fetch_model
 from pipelines.stage import Receipt, StageRun, latest_receipt, package_versions, run_stage
@@ -34,6 +34,8 @@ PACKAGES = ("pipelines", "repsep_model")
 CHAMPION, CHALLENGER = "champion", "challenger"
 LARGE_CLASS_PIXELS = 1000
 INTERVAL = (2.5, 97.5)
+# No such model, no such alias. Anything else, such as a server that is down, must not crown a model as the first.
+NO_CHAMPION = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 SERVED_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
@@ -160,11 +162,13 @@ def _decide(workspace: str, recipe: Recipe, evaluation: Receipt, model: FetchedM
 
 
 def _champion(recipe: Recipe, name: str) -> Any:
-    client = tracking.client_for(tracking.tracking_uri(recipe.tracking))
+    uri = tracking.tracking_uri(recipe.tracking)
     try:
-        return client.get_model_version_by_alias(name, CHAMPION)
-    except MlflowException:
-        return None
+        return tracking.client_for(uri).get_model_version_by_alias(name, CHAMPION)
+    except MlflowException as error:
+        if error.error_code in NO_CHAMPION:
+            return None
+        raise RepsepError(f"MLflow at {uri} cannot be used: {error.message}") from error
 
 
 def _ensure_registered(client: MlflowClient, name: str) -> None:
@@ -177,7 +181,8 @@ def _ensure_registered(client: MlflowClient, name: str) -> None:
 def _save_pyfunc(path: Path, directory: Path) -> None:
     versions = package_versions()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that there is no input example; the signature is given
+        # MLflow asks for type hints and an input example, though the signature is given, and lifts any filter on the way.
+        warnings.showwarning = lambda *_, **__: None
         _save(path, directory, versions)
 
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page for a workflow: data, curves, per-class results, overlays, the bulk run. No external request."""
+"""One self-contained HTML page for a workflow: data, curves, results, overlays, the bulk run. No external request."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def _write(run: StageRun, recipe: Recipe, receipts: list[Receipt]) -> None:
     dataset = open_dataset(results["prepare"].results["dataset"])
     bulk = results.get("segment")
     samples, failures = _bulk_samples(bulk, dataset) if bulk is not None else ([], [])
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
     page = environment.get_template("report.html").render(
         name=dataset.manifest["name"],
         receipts=receipts,
@@ -71,7 +73,10 @@ def _write(run: StageRun, recipe: Recipe, receipts: list[Receipt]) -> None:
 def _classes(dataset: Dataset, evaluation: Receipt) -> list[dict[str, Any]]:
     pixels = dataset.manifest["pixels"]
     total = max(1, sum(pixels))
-    return [c | {"share": pixels[c["id"]] / total, "iou": evaluation.results["iou"][c["name"]]} for c in dataset.manifest["classes"]]
+    return [
+        c | {"share": pixels[c["id"]] / total, "iou": evaluation.results["iou"][c["name"]]}
+        for c in dataset.manifest["classes"]
+    ]
 
 
 def _curves(recipe: Recipe, run_id: str) -> str | None:
@@ -115,7 +120,9 @@ def _bulk_samples(bulk: Receipt, dataset: Dataset) -> tuple[list[dict[str, Any]]
         picture.thumbnail((SAMPLE_WIDTH, SAMPLE_WIDTH))
         out = io.BytesIO()
         picture.save(out, "JPEG", quality=85)
-        samples.append({"key": row["key"], "confidence": row["confidence"], "picture": _data_uri(out.getvalue(), "jpeg")})
+        samples.append(
+            {"key": row["key"], "confidence": row["confidence"], "picture": _data_uri(out.getvalue(), "jpeg")}
+        )
     return samples, [row for row in rows if row["status"] != OK][:FAILURES_SHOWN]
 
 

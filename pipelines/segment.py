@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,15 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
-from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from ray.util.annotations import RayDeprecationWarning
 
 from pipelines import cluster
 from pipelines.commits import CLASSES, OK, REPORT, RUN, Output
@@ -206,11 +215,12 @@ class _Job:
         size = runtime.batch_size
         rows = [{"key": e.key, "etag": e.etag, "size": e.size} for e in todo]
         blocks = [pa.Table.from_pylist(rows[i : i + size], schema=TODO_SCHEMA) for i in range(0, len(rows), size)]
-        plain = {"batch_format": "pyarrow", "batch_size": size, "num_cpus": 0.5}
-        # Ray Data's default is to retry without end.
-        retries = {"ray_remote_args_fn": lambda: {"max_restarts": runtime.retries, "max_task_retries": runtime.retries}}
+        plain: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": size, "num_cpus": 0.5}
+        # Ray Data's default is to retry without end. Ray 2.60 deprecates every way to say so and names no other yet.
+        warnings.filterwarnings("ignore", message="`ray_remote_args", category=RayDeprecationWarning)
+        retries: dict[str, Any] = {"ray_remote_args_fn": lambda: {"max_restarts": runtime.retries, "max_task_retries": runtime.retries}}
         commit = (self.source.uri, self.output.folder.uri, config, self.classes, self.model.version)
-        data = (
+        data: Any = (
             ray.data.from_arrow(blocks)
             .map_batches(ReadImages, fn_constructor_args=(self.source.uri, config), compute=ray.data.ActorPoolStrategy(size=1), **plain, **retries)
             .map_batches(

@@ -1,7 +1,7 @@
 """The three steps of bulk segmentation as plain callables: read and decode, segment, encode and commit.
 
-They pass Arrow tables to each other and know nothing of Ray, so that threads can drive them as well. An image that cannot be
-read or segmented keeps its row, with the stage and the reason, and goes through to the end.
+They pass Arrow tables to each other and know nothing of Ray, so that threads can drive them as well. An image that
+cannot be read or segmented keeps its row, with the stage and the reason, and goes through to the end.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ IMAGE_SCHEMA = pa.schema(
         ("seconds", pa.float32()),
     ]
 )
-LABEL_SCHEMA = pa.schema([*IMAGE_SCHEMA, ("confidence", pa.large_binary())]).set(3, pa.field("labels", pa.large_binary()))
+LABEL_SCHEMA = pa.schema([*IMAGE_SCHEMA, ("confidence", pa.large_binary())]).set(
+    3, pa.field("labels", pa.large_binary())
+)
 
 
 class ReadImages:
@@ -68,8 +70,8 @@ class ReadImages:
 class SegmentImages:
     """Decoded images -> labels and confidence. Holds the model; one call at a time.
 
-    Images of one canvas shape share a call. The model is always called with `model_batch` images, short groups padded with
-    blanks, so that an image's mask does not depend on its neighbours.
+    Images of one canvas shape share a call. The model is always called with `model_batch` images, short groups padded
+    with blanks, so that an image's mask does not depend on its neighbours.
     """
 
     def __init__(self, files: Mapping[str, bytes], config: SegmentConfig) -> None:
@@ -100,7 +102,7 @@ class SegmentImages:
         if row["height"] * row["width"] > self.config.pixel_budget:
             return 0, 0
         multiple = canvas_multiple(self.model)
-        return tuple(-(-row[side] // multiple) * multiple for side in ("height", "width"))  # type: ignore[return-value]
+        return tuple(-(-row[side] // multiple) * multiple for side in ("height", "width"))
 
     def _segment(self, rows: list[dict[str, Any]], shape: tuple[int, int]) -> None:
         began = time.perf_counter()
@@ -131,7 +133,9 @@ class SegmentImages:
 class CommitMasks:
     """Labels -> masks in the output, then the batch's rows. Returns the rows' keys and states for the driver."""
 
-    def __init__(self, source: str, target: str, config: SegmentConfig, classes: Mapping[str, Any], model_version: str) -> None:
+    def __init__(
+        self, source: str, target: str, config: SegmentConfig, classes: Mapping[str, Any], model_version: str
+    ) -> None:
         self.source, self.output, self.config = Folder(source), Output(Folder(target)), config
         self.colours = [c["color"] for c in classes["classes"]]
         self.model_version = model_version
@@ -146,8 +150,14 @@ class CommitMasks:
     def write(self, found: dict[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
         folder, key = self.output.folder, found["key"]
-        row: dict[str, Any] = {name: found[name] for name in ("key", "etag", "size", "height", "width", "stage", "error")}
-        row |= {"uri": self.source.uri_of(key), "model_version": self.model_version, "status": FAILED if found["error"] else OK}
+        row: dict[str, Any] = {
+            name: found[name] for name in ("key", "etag", "size", "height", "width", "stage", "error")
+        }
+        row |= {
+            "uri": self.source.uri_of(key),
+            "model_version": self.model_version,
+            "status": FAILED if found["error"] else OK,
+        }
         if not found["error"]:
             size = (found["height"], found["width"])
             labels = np.frombuffer(found["labels"], np.uint8).reshape(size)
@@ -155,7 +165,9 @@ class CommitMasks:
             where = object_key(MASKS, key, ".png", root=folder.path, local=folder.local)
             folder.write(where, encode_mask(labels, self.colours))
             if self.config.confidence:
-                folder.write(object_key(CONFIDENCE, key, ".png", root=folder.path, local=folder.local), encode_grey(confidence))
+                folder.write(
+                    object_key(CONFIDENCE, key, ".png", root=folder.path, local=folder.local), encode_grey(confidence)
+                )
             row |= {
                 "mask_uri": folder.uri_of(where),
                 "pixels": np.bincount(labels.ravel(), minlength=len(self.colours)).tolist(),
@@ -164,9 +176,17 @@ class CommitMasks:
         return row | {"seconds": found["seconds"] + time.perf_counter() - began, "finished_at": datetime.now(UTC)}
 
 
-def failed_row(todo: Mapping[str, Any], *, source: Folder, model_version: str, stage: str, error: str) -> dict[str, Any]:
+def failed_row(
+    todo: Mapping[str, Any], *, source: Folder, model_version: str, stage: str, error: str
+) -> dict[str, Any]:
     """The row of an image that no step could finish."""
-    row = {"uri": source.uri_of(todo["key"]), "status": FAILED, "stage": stage, "error": error, "model_version": model_version}
+    row = {
+        "uri": source.uri_of(todo["key"]),
+        "status": FAILED,
+        "stage": stage,
+        "error": error,
+        "model_version": model_version,
+    }
     return {name: todo[name] for name in ("key", "etag", "size")} | row | {"finished_at": datetime.now(UTC)}
 
 

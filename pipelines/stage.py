@@ -2,7 +2,7 @@
 
     <workspace>/<stage>/<fingerprint[:12]>/_STARTED.json    first: the MLflow run to continue
                                            ...              what the stage makes
-                                           _SUCCESS.json    last, in one PUT: what went in, what came out, its own digest
+                                           _SUCCESS.json    last, in one PUT: what went in and came out, its digest
 
 A receipt with the same fingerprint means that the work is done. Resuming a workflow is running it again.
 """
@@ -99,7 +99,9 @@ def run_stage(
             "inputs": dict(inputs),
             "config": config.model_dump(mode="json"),
             "results": run.results,
-            "outputs": {key: {"size": folder.size_of(key), "sha256": folder.sha256(key)} for key in sorted(run.outputs)},
+            "outputs": {
+                key: {"size": folder.size_of(key), "sha256": folder.sha256(key)} for key in sorted(run.outputs)
+            },
             "revision": git_revision(),
             "versions": package_versions(),
             "finished_at": time.time(),
@@ -127,9 +129,14 @@ def read_receipt(folder: Folder) -> dict[str, Any] | None:
     data = folder.read_if_present(SUCCESS)
     if data is None:
         return None
-    receipt: dict[str, Any] = json.loads(data)
+    try:
+        receipt: dict[str, Any] = json.loads(data)
+    except ValueError:
+        receipt = {}
     if receipt.pop("digest", None) != (digest := digest_of(receipt)):
-        raise RepsepError(f"{folder.uri_of(SUCCESS)} does not match its own digest; delete that folder to run the stage again")
+        raise RepsepError(
+            f"{folder.uri_of(SUCCESS)} does not match its own digest; delete that folder to run the stage again"
+        )
     return receipt | {"digest": digest}
 
 
@@ -140,7 +147,7 @@ def fingerprint_of(name: str, config: Section, inputs: Mapping[str, str], packag
 
 
 def code_version(packages: Iterable[str]) -> str:
-    """SHA-256 over the .py files of packages of this project. The git revision says less: it changes with the README."""
+    """SHA-256 over the .py files of packages of this project. The git revision would change with the README."""
     digest = hashlib.sha256()
     for package in sorted(packages):
         (root,) = importlib.import_module(package).__path__
@@ -157,7 +164,9 @@ def digest_of(value: Any) -> str:
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in RECORDED_PACKAGES
+    }
 
 
 def git_revision() -> str | None:
@@ -211,8 +220,9 @@ class _Lease:
             age = time.time() - holder.get("renewed_at", 0)
             if age < LEASE_EXPIRES_S and not _is_gone(holder):
                 raise RepsepError(
-                    f"another {self.stage} with this config is at work in {self.folder.uri} (host {holder.get('host')}, process "
-                    f"{holder.get('pid')}, last heard of {age:.0f} s ago); wait for it, or {LEASE_EXPIRES_S:.0f} s if it is dead"
+                    f"another {self.stage} with this config is at work in {self.folder.uri} "
+                    f"(host {holder.get('host')}, process {holder.get('pid')}, last heard of {age:.0f} s ago); "
+                    f"wait for it, or {LEASE_EXPIRES_S:.0f} s if it is dead"
                 )
             self.folder.write(LEASE, self._content())
         self.thread.start()
@@ -220,7 +230,8 @@ class _Lease:
     def __exit__(self, *_: object) -> None:
         self.stopped.set()
         self.thread.join()
-        self.folder.delete(LEASE)
+        if self._is_ours():
+            self.folder.delete(LEASE)
 
     def _content(self) -> bytes:
         return json.dumps(self.owner | {"renewed_at": time.time()}).encode()
@@ -228,7 +239,13 @@ class _Lease:
     def _refresh(self) -> None:
         while not self.stopped.wait(LEASE_REFRESH_S):
             with contextlib.suppress(StorageError):  # three refreshes may be missed before the lease expires
+                if not self._is_ours():
+                    return  # this machine slept, and another run took over
                 self.folder.write(LEASE, self._content())
+
+    def _is_ours(self) -> bool:
+        holder = json.loads(self.folder.read_if_present(LEASE) or b"{}")
+        return holder.get("token") in (self.owner["token"], None)
 
 
 def _is_gone(holder: Mapping[str, Any]) -> bool:

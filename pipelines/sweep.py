@@ -60,6 +60,8 @@ def sweep(workspace: str, recipe: Recipe) -> Receipt:
     unknown = sorted(set(config.search.loss) - set(term_names()))
     if unknown:
         raise UsageError(f"sweep.search.loss: there is no loss term {', '.join(unknown)}; known: {', '.join(term_names())}")
+    for inside in (True, False):
+        dataset.split("train").held_out(config.holdout, 0, inside=inside)  # raises before a cluster is asked for
     for model in config.search.backbones:
         check_model(model, dataset.num_classes)
     return run_stage(
@@ -107,7 +109,7 @@ def log_uniform(rng: np.random.Generator, limits: tuple[float, float]) -> float:
 
 def best_train(receipt: Receipt, base: TrainConfig) -> TrainConfig:
     """The train section of the sweep's best.yaml, with this recipe's runtime."""
-    found = yaml.safe_load(receipt.folder.read(BEST))["train"]
+    found = yaml.safe_load(receipt.folder.read(BEST)).get("train", {})  # left out where all is default
     return TrainConfig.model_validate(found | {"runtime": base.runtime.model_dump()})
 
 
@@ -186,8 +188,8 @@ def _tune(
         "tracking_uri": tracking.tracking_uri(recipe.tracking),
         "parent": parent,
     }
-    # A driver of a trial needs no CPU of its own: its workers do the work.
-    trainable = tune.with_resources(tune.with_parameters(_trial, settings=settings), {"CPU": 0})
+    # A trial's driver needs no CPU of its own, its workers do the work; Tune refuses an empty request, so one byte it is.
+    trainable = tune.with_resources(tune.with_parameters(_trial, settings=settings), tune.PlacementGroupFactory([{"memory": 1}]))
     if tune.Tuner.can_restore(f"{storage}/{name}"):
         tuner = tune.Tuner.restore(f"{storage}/{name}", trainable=trainable, restart_errored=True)
     else:
@@ -204,12 +206,13 @@ def _tune(
                 name=name,
                 storage_path=storage,
                 failure_config=tune.FailureConfig(max_failures=config.runtime.max_failures),
-                verbose=1,
+                callbacks=[_Narrator({p.name: number for number, p in enumerate(what)})],
+                verbose=0,
             ),
         )
     by_name = {p.name: p for p in what}
     found = {}
-    for result in tuner.fit():
+    for result in tuner.fit():  # type: ignore[attr-defined] # it is iterable through __getitem__
         point = by_name[result.config["point"]["name"]]
         metrics = result.metrics or {}
         if "best_miou" in metrics:
@@ -236,6 +239,27 @@ def _trial(config: dict[str, Any], settings: Mapping[str, Any]) -> None:
         logger.finish("FAILED")
         raise
     logger.finish()
+
+
+class _Narrator(tune.Callback):
+    """Says what each trial has reached; Tune's own tables are made for a notebook."""
+
+    def __init__(self, numbers: Mapping[str, int]) -> None:
+        self.numbers = numbers
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if "miou" in result:
+            self._say(trial, f"step {result['step']}, mIoU {result['miou']:.4f}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._say(trial, "failed")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._say(trial, "done")
+
+    def _say(self, trial: Any, what: str) -> None:
+        name = trial.config["point"]["name"]
+        say(f"sweep: {name} ({self.numbers[name] + 1}/{len(self.numbers)}): {what}")
 
 
 def _concurrent(config: SweepConfig) -> int:

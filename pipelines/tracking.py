@@ -15,8 +15,8 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
-from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.http_dataset_source import HTTPDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -37,7 +37,9 @@ def tracking_uri(config: TrackingConfig) -> str:
     if uri.startswith("sqlite:"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     elif not uri.startswith(("http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
-        raise UsageError(f"tracking.uri {uri!r}: MLflow's file store is not supported; use sqlite:///..., a database or a server")
+        raise UsageError(
+            f"tracking.uri {uri!r}: MLflow's file store is not supported; use sqlite:///..., a database or a server"
+        )
     return uri
 
 
@@ -48,7 +50,9 @@ def client_for(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def start_run(config: TrackingConfig, name: str, *, tags: Mapping[str, str] | None = None, parent: str | None = None) -> str:
+def start_run(
+    config: TrackingConfig, name: str, *, tags: Mapping[str, str] | None = None, parent: str | None = None
+) -> str:
     """A new run's id. Raises RepsepError where the tracking server does not answer."""
     uri = tracking_uri(config)
     client = client_for(uri)
@@ -85,7 +89,7 @@ class RunLogger:
 
     def dataset(self, uri: str, name: str, digest: str) -> None:
         """The dataset as an input of the run, by digest."""
-        source = MetaDataset(source=HTTPDatasetSource(uri), name=name, digest=digest[:36])
+        source = MetaDataset(source=HTTPDatasetSource(uri), name=name, digest=digest[:36])  # type: ignore[abstract]
         entity = source._to_mlflow_entity()
         self.client.log_inputs(self.run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
 
@@ -131,7 +135,11 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> str:
         experiment: str = found.experiment_id
         return experiment
     # Without a server artifacts go beside the database; MLflow's default is the current folder.
-    beside = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if uri.startswith("sqlite:") else home() / "mlartifacts"
+    beside = (
+        Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts"
+        if uri.startswith("sqlite:")
+        else home() / "mlartifacts"
+    )
     location = None if uri.startswith(("http", "databricks")) else (beside / name).as_uri()
     try:
         created: str = client.create_experiment(name, artifact_location=location)
@@ -143,7 +151,9 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> str:
     return created
 
 
-def registered_version(config: TrackingConfig, name: str, *, alias: str | None = None, version: str | None = None) -> ModelVersion:
+def registered_version(
+    config: TrackingConfig, name: str, *, alias: str | None = None, version: str | None = None
+) -> ModelVersion:
     """A version from the registry by alias or number. Raises RepsepError saying what there is instead."""
     uri = tracking_uri(config)
     client = client_for(uri)
@@ -158,7 +168,9 @@ def registered_version(config: TrackingConfig, name: str, *, alias: str | None =
         except MlflowException as broken:
             raise RepsepError(f"MLflow at {uri} cannot be used: {broken.message}") from broken
         known = f"registered are: {', '.join(there)}" if there else "nothing is registered there yet"
-        raise RepsepError(f"{wanted} is not in the registry at {uri}; {known}. Run `repsep register`, or give another --model") from error
+        raise RepsepError(
+            f"{wanted} is not in the registry at {uri}; {known}. Run `repsep register`, or give another --model"
+        ) from error
 
 
 def download_registered(config: TrackingConfig, name: str, *, alias: str | None, version: str | None, to: Path) -> str:
@@ -168,7 +180,9 @@ def download_registered(config: TrackingConfig, name: str, *, alias: str | None,
     client = client_for(uri)
     source = client.get_model_version_download_uri(name, found.version)
     with tempfile.TemporaryDirectory() as temporary:
-        local = Path(download_artifacts(artifact_uri=f"{source}/artifacts/segmentor", dst_path=temporary, tracking_uri=uri))
+        local = Path(
+            download_artifacts(artifact_uri=f"{source}/artifacts/segmentor", dst_path=temporary, tracking_uri=uri)
+        )
         for file in local.iterdir():
             (to / file.name).write_bytes(file.read_bytes())
     return f"{name}/{found.version}"

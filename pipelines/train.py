@@ -18,6 +18,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.train.v2._internal.execution import context as ray_train_context
 from ray.train.v2.api.exceptions import TrainingFailedError
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -95,7 +96,7 @@ def trainer(settings: LoopSettings, *, storage: str, name: str, callbacks: list[
     runtime = TrainConfig.model_validate(settings.config).runtime
     use_gpu = cluster.has_gpu() if runtime.gpu is None else runtime.gpu
     return ray.train.torch.TorchTrainer(
-        train_loop,
+        train_loop,  # type: ignore[arg-type] # Ray hands what the loop returns to the driver, its hint says None
         train_loop_config=settings.to_dict(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=runtime.workers, use_gpu=use_gpu, resources_per_worker={"CPU": runtime.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
@@ -157,7 +158,7 @@ def _fit(run: StageRun, recipe: Recipe, dataset: Dataset) -> None:
 def train_loop(settings: dict[str, Any]) -> str | None:
     """What every worker runs. Returns why training stopped early, or None."""
     config = TrainConfig.model_validate(settings["config"])
-    logging.getLogger("ray.train.v2").setLevel(logging.WARNING)  # it prints every reported metric of every rank
+    ray_train_context.logger.setLevel(logging.WARNING)  # INFO prints every reported metric of every rank
     # Our norms leave channels-last strides on 1 x 1 convolutions; DDP copies those few gradients and says so each time.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     worker = _Worker.start(config, open_dataset(settings["dataset"]))

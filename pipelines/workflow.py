@@ -54,14 +54,33 @@ def describe(receipt: Receipt) -> list[str]:
     r = receipt.results
     state = "cached" if receipt.cached else f"done in {receipt.seconds:.1f} s"
     told = {
-        "prepare": lambda: f"{', '.join(f'{n} {s}' for s, n in r['images'].items())} images, {r['classes']} classes, {r['rejected']} rejected",
-        "train": lambda: f"{r['steps']} steps, mIoU {r['miou']:.4f} in the loop at step {r['best_step']}, {r['images_per_s']} images/s",
+        "prepare": lambda: (
+            f"{', '.join(f'{n} {s}' for s, n in r['images'].items())} images, "
+            f"{r['classes']} classes, {r['rejected']} rejected"
+        ),
+        "train": lambda: (
+            f"{r['steps']} steps, mIoU {r['miou']:.4f} in the loop at step {r['best_step']}, "
+            f"{r['images_per_s']} images/s"
+        ),
         "sweep": lambda: f"{r['trials']} trials, best mIoU {r['best_miou']:.4f} ({r['best']})",
-        "evaluate": lambda: f"mIoU {r['miou']:.4f} on {r['split']} ({r['images']} images); per-position prior {r['prior_miou']:.4f}",
+        "evaluate": lambda: (
+            f"mIoU {r['miou']:.4f} on {r['split']} ({r['images']} images); per-position prior {r['prior_miou']:.4f}"
+        ),
         "register": lambda: f"{r['name']} version {r['version']} is {r['alias']}: {r['reason']}",
-        "segment": lambda: f"{r['rows']} rows, {r['failed_rows']} failed; this run {r['ok']} ok, {r['failed']} failed, {r['images_per_s']} images/s",
+        "segment": lambda: (
+            f"{r['rows']} rows, {r['failed_rows']} failed; this run {r['ok']} ok, {r['failed']} failed, "
+            f"{r['images_per_s']} images/s"
+        ),
         "report": lambda: f"a page with {r['overlays']} overlays of the bulk run",
     }
-    where = {"prepare": "dataset", "train": "model", "sweep": "table", "evaluate": None, "register": "model", "segment": "target", "report": "page"}
+    where = {
+        "prepare": "dataset",
+        "train": "model",
+        "sweep": "table",
+        "evaluate": None,
+        "register": "model",
+        "segment": "target",
+        "report": "page",
+    }
     key = where[receipt.stage]
     return [f"{receipt.stage:9} {state}: {told[receipt.stage]()}", f"{'':9} -> {r[key] if key else receipt.uri}"]

@@ -18,11 +18,16 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups: the backbone's by timm's layers (deeper ones learn faster), our parts at lr * head_lr_scale.
 
-    Vectors and scalars (norms, biases, layer scales) have no weight decay. Each group keeps its `base_lr`.
+    Vectors and scalars (norms, biases, layer scales) have no weight decay, nor has what timm names for the backbone
+    (class token, positions). Each group keeps its `base_lr`.
     """
+    backbone = model.backbone.model
+    undecayed = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
+    by_layer = param_groups_layer_decay(
+        backbone, weight_decay=weight_decay, no_weight_decay_list=undecayed, layer_decay=layer_decay
+    )
     groups = [
-        {"params": g["params"], "weight_decay": g["weight_decay"], "base_lr": lr * g["lr_scale"]}
-        for g in param_groups_layer_decay(model.backbone.model, weight_decay=weight_decay, layer_decay=layer_decay)
+        {"params": g["params"], "weight_decay": g["weight_decay"], "base_lr": lr * g["lr_scale"]} for g in by_layer
     ]
     ours = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
     for decay, members in (

@@ -17,9 +17,9 @@ from repsep_model.inference import segment_image
 from repsep_model.losses import LossWeights, segmentation_loss, term_weights, total_loss
 from repsep_model.metrics import ConfusionMatrix
 from repsep_model.optim import Ema, scheduled_lr, set_lr
-from repsep_model.segmentor import Segmentor
+from repsep_model.segmentor import Segmentor, SegmentorOutput
 
-AllReduce = Callable[[Tensor], None]
+AllReduce = Callable[[Tensor], object]
 """Sums a tensor over all ranks, in place."""
 
 Batch = tuple[Tensor, Tensor]
@@ -94,7 +94,8 @@ def train_step(
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
                 output = state.model(images.to(device, non_blocking=True))
             terms = segmentation_loss(output, labels.to(device, non_blocking=True), weights)
-            total_loss(terms, weights, by_name, world_size).backward()  # type: ignore[no-untyped-call]
+            loss_share = total_loss(terms, weights, by_name, world_size) + _nothing(output)
+            loss_share.backward()  # type: ignore[no-untyped-call]
         for i, name in enumerate(names):
             if name in terms:
                 sums[i] += terms[name][0].detach().double()
@@ -112,6 +113,12 @@ def train_step(
     state.ema.update(raw, state.step)
     state.step += 1
     return losses | {"loss": float(loss), "grad_norm": float(norm), "lr": state.optimizer.param_groups[-1]["lr"]}
+
+
+def _nothing(output: SegmentorOutput) -> Tensor:
+    """0 from every auxiliary output: DDP waits for each parameter's gradient, also in a head whose loss weight is 0."""
+    parts = [part.sum() for part in vars(output.aux).values() if isinstance(part, Tensor)] if output.aux else []
+    return 0.0 * sum(parts, start=output.logits.new_zeros(()))
 
 
 def validate(

@@ -95,7 +95,7 @@ def test_backbone_with_too_few_blocks_is_refused() -> None:
 
 
 def test_wrong_argument_is_refused_by_its_name() -> None:
-    with pytest.raises(ValueError, match="cannot be built with .*'depht': 4"):
+    with pytest.raises(ValueError, match=r"cannot be built with .*'depht': 4"):
         Backbone("vit_tiny_patch16_224", args={"depht": 4})
 
 

@@ -36,7 +36,7 @@ def test_full_config_differs_from_the_defaults_everywhere() -> None:
 
 
 def test_unknown_setting_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="unknown segmentor setting widht; known: .*width"):
+    with pytest.raises(ValueError, match=r"unknown segmentor setting widht; known: .*width"):
         SegmentorConfig.from_dict(FULL.to_dict() | {"widht": 8})
 
 
@@ -69,4 +69,4 @@ def test_config_cannot_be_changed() -> None:
 
 def test_fields_are_given_by_name_only() -> None:
     with pytest.raises(TypeError, match="positional"):
-        SegmentorConfig("pvt_v2_b0", 5)  # type: ignore[misc]
+        SegmentorConfig("pvt_v2_b0", 5)  # type: ignore[call-arg]

@@ -70,7 +70,8 @@ def test_upsampling_puts_each_grid_value_at_the_centre_of_its_cell() -> None:
 def test_padding_counts_as_the_mean_colour(backbone: str) -> None:
     model = tiny_segmentor(BACKBONES[backbone]).eval()
     images = random_images(1, 40, 50).float()
-    by_hand = model.mean.expand(1, 3, 64, 64).clone()
+    height, width = (math.ceil(side / model.multiple) * model.multiple for side in (40, 50))
+    by_hand = model.mean.expand(1, 3, height, width).clone()
     by_hand[..., :40, :50] = images
     torch.testing.assert_close(model(images).logits, model(by_hand).logits[..., :40, :50])
 
@@ -82,8 +83,8 @@ def test_images_are_normalised_by_the_configs_mean_and_std() -> None:
     seen = []
     model.backbone.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     model(images)
-    channel = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
-    torch.testing.assert_close(seen[0], (images / 255 - channel[0]) / channel[1])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7]))
+    torch.testing.assert_close(seen[0], (images / 255 - mean) / std)
 
 
 @torch.no_grad()
@@ -115,7 +116,9 @@ def test_aux_is_none_in_eval_mode_and_whole_in_training() -> None:
     aux = model.train()(images).aux
     assert aux is not None
     assert (aux.stride, aux.grid) == (8, (6, 10))
-    shapes = {f.name: tuple(getattr(aux, f.name).shape) for f in fields(SegmentorAux) if f.name not in ("stride", "grid")}
+    shapes = {
+        f.name: tuple(getattr(aux, f.name).shape) for f in fields(SegmentorAux) if f.name not in ("stride", "grid")
+    }
     assert shapes == {
         "local_BKhw": (2, K, 6, 10),
         "coarse_BKhw": (2, K, 6, 10),
@@ -236,7 +239,9 @@ def test_cost_on_vit_base_is_at_most_a_quarter_more_than_a_linear_heads(monkeypa
     flops = []
     for switches in ({}, BASELINE):
         with torch.device("meta"):
-            model = build_segmentor(SegmentorConfig(backbone="vit_base_patch16_224", num_classes=150, **switches)).eval()
+            model = build_segmentor(
+                SegmentorConfig(backbone="vit_base_patch16_224", num_classes=150, **switches)
+            ).eval()
             with FlopCounterMode(display=False) as counter:
                 model.forward_stride(torch.zeros(1, 3, 512, 512))
         flops.append(counter.get_total_flops())

@@ -1,0 +1,46 @@
+# Verbs only; `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?=
+SWEEP ?= sweep
+
+# Two processes on two cores with OpenMP's spinning threads run ten times slower than without.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help setup demo test lint types tests slow sweep clean
+
+help: ## list the verbs
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed ## make .venv and install repsep with the pinned versions
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## the whole pipeline on this machine; DATA=<folder> for your own images and masks
+	$(BIN)/repsep demo $(if $(DATA),--data "$(DATA)")
+
+test: lint types tests ## lint, types and the fast tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+tests: setup
+	$(BIN)/pytest
+
+slow: setup ## the tests that take minutes
+	$(BIN)/pytest -m slow
+
+sweep: setup ## search loss weights and backbones; SWEEP=<recipe> for your own
+	$(BIN)/repsep sweep --config $(SWEEP)
+
+clean: ## remove what demo and tests left (not .venv)
+	rm -rf .repsep .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,198 @@
+"""Augmentation: image and mask stay together, and every random number follows from (seed, epoch, index).
+
+Shapes: H x W pixels of the source, S the crop's side.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from repsep_model.images import UInt8
+from repsep_model.labels import IGNORE_INDEX
+from repsep_model.transforms import Augmentation, augment, canvas, sample_rng
+
+FILL = (120, 110, 100)
+GEOMETRY = Augmentation(crop=64, photometric=0.0)
+UNSCALED = Augmentation(crop=64, scale=(1.0, 1.0), photometric=0.0)
+
+
+def blocks(height: int = 150, width: int = 200) -> tuple[UInt8, UInt8]:
+    """Blocks of classes 0..4, some ignored; the red channel is 40 times the class (250 where ignored)."""
+    rng = np.random.default_rng(0)
+    mask: UInt8 = rng.choice(np.array([0, 1, 2, 3, 4, IGNORE_INDEX], np.uint8), (height // 25 + 1, width // 25 + 1))
+    mask = mask.repeat(25, axis=0).repeat(25, axis=1)[:height, :width]
+    image = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+    image[..., 0] = np.where(mask == IGNORE_INDEX, 250, mask * 40)
+    return image, mask
+
+
+def coordinates(height: int = 150, width: int = 200) -> tuple[UInt8, UInt8]:
+    """Red and green say where a pixel comes from; the mask follows from them."""
+    y, x = np.mgrid[:height, :width]
+    image = np.stack([y, x, 0 * x], axis=2).astype(np.uint8)
+    return image, ((3 * y + 5 * x) % 7).astype(np.uint8)
+
+
+def crop(
+    source: tuple[UInt8, UInt8], how: Augmentation, *, index: int = 0, fill: Sequence[int] = FILL
+) -> tuple[Tensor, Tensor]:
+    return augment(*source, sample_rng(0, 0, index), how, fill)
+
+
+def test_the_same_seed_epoch_and_index_give_the_same_sample_in_any_order() -> None:
+    how = Augmentation(crop=64)
+    keys = list(itertools.product([0, 1], [0, 3], [0, 9]))
+    forward = {key: augment(*blocks(), sample_rng(*key), how, FILL) for key in keys}
+    for key in reversed(keys):
+        image, labels = augment(*blocks(), sample_rng(*key), how, FILL)
+        assert torch.equal(image, forward[key][0])
+        assert torch.equal(labels, forward[key][1])
+
+
+def test_each_of_seed_epoch_and_index_changes_the_sample() -> None:
+    draws = {sample_rng(*key).random() for key in itertools.product([0, 1, -1], [0, 1, 2], [0, 1, 2**39])}
+    assert len(draws) == 27
+
+
+def test_large_and_negative_seeds_keep_all_their_bits() -> None:
+    seeds = [0, 5, 2**63, 2**63 + 1, 2**64 - 2, -1]
+    assert len({sample_rng(seed, 0, 0).random() for seed in seeds}) == len(seeds)
+
+
+def test_known_seed_draws_the_same_numbers_on_every_platform() -> None:
+    assert sample_rng(0, 0, 0).integers(0, 2**32, 3).tolist() == [149215387, 49592932, 2628306354]
+
+
+@pytest.mark.parametrize("size", [(150, 200), (64, 64), (40, 100), (30, 20)])
+def test_output_is_square_uint8_whatever_the_source(size: tuple[int, int]) -> None:
+    for index in range(4):
+        image, labels = crop(blocks(*size), Augmentation(crop=64), index=index)
+        assert (image.shape, labels.shape) == ((3, 64, 64), (64, 64))
+        assert (image.dtype, labels.dtype) == (torch.uint8, torch.uint8)
+        assert image.is_contiguous()
+        assert labels.is_contiguous()
+
+
+def test_unscaled_crop_is_a_piece_of_the_source_with_its_own_labels() -> None:
+    flipped = 0
+    for index in range(8):
+        image, labels = crop(coordinates(), UNSCALED, index=index)
+        y, x = image[0].long(), image[1].long()
+        assert torch.equal(labels.long(), (3 * y + 5 * x) % 7)
+        assert torch.equal(y[:, 0] - y[0, 0], torch.arange(64))
+        step = int(x[0, 1] - x[0, 0])
+        assert torch.equal(x[0] - x[0, 0], step * torch.arange(64))
+        flipped += step == -1
+    assert 0 < flipped < 8
+
+
+def test_scaled_image_and_mask_stay_aligned() -> None:
+    """Where all labels around a pixel agree, resampling cannot have mixed anything else in."""
+    scales = set()
+    for index in range(12):
+        image, labels = crop(blocks(), GEOMETRY, index=index)
+        around = F.pad(labels[None, None].float(), [2] * 4, mode="replicate")
+        pure = (F.max_pool2d(around, 5, stride=1) == -F.max_pool2d(-around, 5, stride=1))[0, 0]
+        pure &= (image != torch.tensor(FILL).view(3, 1, 1)).any(dim=0)
+        expected = torch.where(labels == IGNORE_INDEX, 250, labels * 40)
+        assert torch.equal(image[0][pure], expected[pure])
+        scales.add(int(pure.sum()))
+        assert pure.float().mean() > 0.3
+    assert len(scales) > 6
+
+
+def test_scaling_makes_no_new_label() -> None:
+    for index in range(6):
+        _, labels = crop(blocks(), GEOMETRY, index=index)
+        assert set(labels.unique().tolist()) <= {0, 1, 2, 3, 4, IGNORE_INDEX}
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_padding_is_the_fill_colour_and_ignored(flip: float) -> None:
+    how = Augmentation(crop=64, scale=(1.0, 1.0), flip=flip, photometric=0.0)
+    image, labels = crop(coordinates(40, 50), how)
+    padded = torch.ones(64, 64, dtype=torch.bool)
+    padded[:40, slice(14, 64) if flip else slice(0, 50)] = False
+    assert torch.equal(labels == IGNORE_INDEX, padded)
+    assert (image[:, padded] == torch.tensor(FILL)[:, None]).all()
+    assert (image[2][~padded] == 0).all()
+
+
+def test_flip_mirrors_image_and_labels_alike() -> None:
+    straight = crop(blocks(), Augmentation(crop=64, flip=0.0, photometric=0.0), index=3)
+    mirrored = crop(blocks(), Augmentation(crop=64, flip=1.0, photometric=0.0), index=3)
+    assert torch.equal(mirrored[0], straight[0].flip(2))
+    assert torch.equal(mirrored[1], straight[1].flip(1))
+
+
+def test_photometric_distortion_changes_colours_and_no_label() -> None:
+    plain = crop(blocks(), GEOMETRY, index=1)
+    distorted = crop(blocks(), Augmentation(crop=64, photometric=1.0), index=1)
+    assert torch.equal(distorted[1], plain[1])
+    difference = (distorted[0].float() - plain[0].float()).abs().mean()
+    assert 2 < difference < 100
+
+
+def test_scale_stays_in_its_range_on_both_sides_of_one() -> None:
+    source = np.zeros((100, 100, 3), np.uint8), np.zeros((100, 100), np.uint8)
+    sides = []
+    for index in range(40):
+        _, labels = crop(source, Augmentation(crop=256, photometric=0.0), index=index)
+        sides.append(int((labels != IGNORE_INDEX).any(dim=1).sum()))
+    assert 50 <= min(sides) < 70
+    assert 150 < max(sides) <= 200
+    assert 10 < sum(side < 100 for side in sides) < 30
+
+
+def share_of_commonest(labels: Tensor) -> float:
+    counts = torch.bincount(labels.flatten(), minlength=256)[:IGNORE_INDEX]
+    return float(counts.max() / counts.sum())
+
+
+def test_crops_of_nearly_one_class_are_drawn_again() -> None:
+    mask = np.zeros((300, 300), np.uint8)
+    mask[120:180, 120:180] = 1
+    source = np.zeros((300, 300, 3), np.uint8), mask
+    unbalanced = []
+    for limit in (1.01, 0.75):
+        how = Augmentation(crop=64, scale=(1.0, 1.0), photometric=0.0, max_class_share=limit)
+        shares = [share_of_commonest(crop(source, how, index=index)[1]) for index in range(60)]
+        unbalanced.append(sum(share >= 0.75 for share in shares))
+    assert unbalanced[0] > 45
+    assert unbalanced[1] < 0.5 * unbalanced[0]
+
+
+@pytest.mark.parametrize("label", [2, IGNORE_INDEX])
+def test_source_of_one_label_still_gives_a_crop(label: int) -> None:
+    source = np.zeros((100, 100, 3), np.uint8), np.full((100, 100), label, np.uint8)
+    _, labels = crop(source, UNSCALED)
+    assert labels.unique().tolist() == [label]
+
+
+def test_augmentation_leaves_its_input_as_it_was() -> None:
+    image, mask = blocks()
+    before = image.copy(), mask.copy()
+    for index in range(4):
+        augment(image, mask, sample_rng(0, 0, index), Augmentation(crop=64, photometric=1.0), FILL)
+    np.testing.assert_array_equal(image, before[0])
+    np.testing.assert_array_equal(mask, before[1])
+
+
+def test_canvas_holds_the_image_at_its_top_left_and_the_fill_elsewhere() -> None:
+    image, _ = blocks(33, 50)
+    out = canvas(image, 32, FILL)
+    assert out.shape == (64, 64, 3)
+    np.testing.assert_array_equal(out[:33, :50], image)
+    outside = np.ones((64, 64), bool)
+    outside[:33, :50] = False
+    assert (out[outside] == FILL).all()
+
+
+def test_canvas_of_an_image_that_fits_is_the_image() -> None:
+    image, _ = blocks(64, 96)
+    assert canvas(image, 32, FILL) is image

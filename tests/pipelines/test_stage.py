@@ -1,0 +1,417 @@
+"""A stage runs once for what decides its result, and what it leaves behind says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import stage
+from pipelines.config import PrepareConfig, Section, TrainConfig
+from pipelines.errors import RepsepError, StorageError
+from pipelines.stage import (
+    LEASE,
+    STARTED,
+    SUCCESS,
+    Receipt,
+    StageRun,
+    code_version,
+    digest_of,
+    latest_receipt,
+    read_receipt,
+    run_stage,
+)
+from pipelines.storage import Folder
+
+PACKAGES = ("repsep_model",)
+
+
+@pytest.fixture(autouse=True)
+def quick_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded about the installation takes a second to find out and is the same in every test."""
+    monkeypatch.setattr(stage, "git_revision", lambda: "abc")
+    monkeypatch.setattr(stage, "package_versions", lambda: {"python": "3"})
+
+
+class Body:
+    """A stage's body that counts its calls."""
+
+    def __init__(self, do: Callable[[StageRun], None] | None = None) -> None:
+        self.calls, self.do = 0, do
+
+    def __call__(self, run: StageRun) -> None:
+        self.calls += 1
+        run.folder.write("out/data.bin", b"0123456789")
+        run.outputs = ["out/data.bin"]
+        run.results = {"figure": 0.5, "call": self.calls}
+        if self.do is not None:
+            self.do(run)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Receipt]:
+    def call(body: Callable[[StageRun], None], config: Section | None = None, **more: Any) -> Receipt:
+        settings: dict[str, Any] = {"inputs": {"data": "d1"}, "packages": PACKAGES} | more
+        return run_stage("prepare", workspace=str(tmp_path), config=config or PrepareConfig(), body=body, **settings)
+
+    return call
+
+
+def test_the_second_call_is_cached_and_gives_the_same(run: Callable[..., Receipt]) -> None:
+    body = Body()
+    first, again = run(body), run(body)
+    assert body.calls == 1
+    assert (first.cached, again.cached) == (False, True)
+    assert again == first
+    assert again.results == {"figure": 0.5, "call": 1}
+
+
+def test_a_changed_setting_or_input_runs_again(run: Callable[..., Receipt]) -> None:
+    body = Body()
+    places = {
+        run(body).uri,
+        run(body, PrepareConfig(seed=1)).uri,
+        run(body, inputs={"data": "d2"}).uri,
+        run(body, inputs={"data": "d1", "more": "d2"}).uri,
+    }
+    assert body.calls == len(places) == 4
+
+
+def test_two_stages_with_the_same_settings_do_not_share_a_result(tmp_path: Path) -> None:
+    body = Body()
+    for name in ("prepare", "evaluate"):
+        run_stage(name, workspace=str(tmp_path), config=PrepareConfig(), inputs={}, packages=PACKAGES, body=body)
+    assert body.calls == 2
+
+
+def test_a_change_of_the_code_runs_again(run: Callable[..., Receipt], monkeypatch: pytest.MonkeyPatch) -> None:
+    body = Body()
+    run(body)
+    monkeypatch.setattr(stage, "code_version", lambda packages: "another version of the source")
+    assert not run(body).cached
+    assert body.calls == 2
+
+
+def test_the_code_version_follows_names_and_contents_of_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "someones_stage"
+    (package / "inner").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "inner" / "part.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    first = code_version(["someones_stage"])
+    (package / "notes.md").write_text("not source")
+    assert code_version(["someones_stage"]) == first
+    (package / "inner" / "part.py").write_text("x = 2\n")
+    changed = code_version(["someones_stage"])
+    (package / "inner" / "part.py").rename(package / "inner" / "piece.py")
+    renamed = code_version(["someones_stage"])
+    assert len({first, changed, renamed, code_version(["someones_stage", "repsep_model"])}) == 4
+
+
+def test_where_it_runs_does_not_matter(run: Callable[..., Receipt]) -> None:
+    body = Body()
+    run(body, TrainConfig())
+    moved = TrainConfig.model_validate({"runtime": {"workers": 7, "log_every": 1}})
+    assert run(body, moved).cached
+    assert body.calls == 1
+
+
+@pytest.mark.parametrize("damage", [None, b"01234", b"0123456789a"], ids=["missing", "truncated", "longer"])
+def test_an_output_that_is_not_whole_runs_again(run: Callable[..., Receipt], damage: bytes | None) -> None:
+    body = Body()
+    folder = run(body).folder
+    if damage is None:
+        folder.delete("out/data.bin")
+    else:
+        folder.write("out/data.bin", damage)
+    again = run(body)
+    assert (body.calls, again.cached) == (2, False)
+    assert folder.read("out/data.bin") == b"0123456789"
+    assert run(body).cached
+
+
+def test_a_stage_that_must_look_again_is_never_cached(run: Callable[..., Receipt]) -> None:
+    body = Body()
+    run(body, again=True)
+    run(body, again=True)
+    assert body.calls == 2
+
+
+def test_the_receipt_says_what_went_in_and_what_came_out(run: Callable[..., Receipt]) -> None:
+    receipt = run(Body(), PrepareConfig(seed=3))
+    written = json.loads(receipt.folder.read(SUCCESS))
+    assert written["inputs"] == {"data": "d1"}
+    assert written["config"]["seed"] == 3
+    assert written["revision"] == "abc"
+    assert written["outputs"] == {
+        "out/data.bin": {"size": 10, "sha256": "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882"}
+    }
+    assert receipt.uri.endswith(f"/prepare/{receipt.fingerprint[:12]}")
+    assert receipt.digest == written.pop("digest") == digest_of(written)
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda text: text.replace('"figure": 0.5', '"figure": 0.9'),
+        lambda text: text.replace('"size": 10', '"size": 11'),
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+    ],
+    ids=["figure", "size", "half", "empty"],
+)
+def test_an_altered_receipt_is_refused(run: Callable[..., Receipt], alter: Callable[[str], str]) -> None:
+    body = Body()
+    folder = run(body).folder
+    text = folder.read(SUCCESS).decode()
+    assert alter(text) != text
+    folder.write(SUCCESS, alter(text).encode())
+    for read in (lambda: run(body), lambda: read_receipt(folder)):
+        with pytest.raises(RepsepError, match="delete that folder") as caught:
+            read()
+        assert folder.uri in str(caught.value)
+    assert body.calls == 1
+
+
+def test_a_body_that_fails_leaves_no_receipt(run: Callable[..., Receipt]) -> None:
+    def fails(_: StageRun) -> None:
+        raise RuntimeError("the disk is full")
+
+    places = []
+    broken = Body(lambda r: places.append(r.folder) or fails(r))  # type: ignore[func-returns-value]
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        run(broken, lease=True)
+    assert read_receipt(places[0]) is None
+    assert places[0].read_if_present(LEASE) is None
+    assert not run(Body(), lease=True).cached
+
+
+def test_the_next_attempt_continues_what_the_first_began(run: Callable[..., Receipt]) -> None:
+    numbers = iter(["run-1", "run-2"])
+    seen = []
+
+    def begin() -> dict[str, str]:
+        return {"mlflow_run": next(numbers)}
+
+    def dies(attempt: StageRun) -> None:
+        seen.append(attempt.started)
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Body(dies), begin=begin)
+    receipt = run(Body(dies), begin=begin)
+    assert [s["mlflow_run"] for s in seen] == ["run-1", "run-1"]
+    assert seen[0]["started_at"] == seen[1]["started_at"]
+    assert json.loads(receipt.folder.read(STARTED)) == seen[0]
+
+
+def test_the_record_of_the_start_is_there_before_the_work(run: Callable[..., Receipt]) -> None:
+    def look(attempt: StageRun) -> None:
+        assert attempt.folder.read_if_present(STARTED) is not None
+        assert attempt.folder.read_if_present(SUCCESS) is None
+
+    assert run(Body(look)).results["call"] == 1
+
+
+def test_a_cached_stage_begins_nothing(run: Callable[..., Receipt]) -> None:
+    run(Body())
+    assert run(Body(), begin=lambda: pytest.fail("a run was begun for nothing")).cached
+
+
+def test_a_second_run_is_refused_while_the_first_is_at_work(run: Callable[..., Receipt]) -> None:
+    second = Body()
+
+    def meanwhile(attempt: StageRun) -> None:
+        with pytest.raises(RepsepError) as caught:
+            run(second, lease=True)
+        said = str(caught.value)
+        assert f"host {socket.gethostname()}, process {os.getpid()}" in said
+        assert attempt.folder.uri in said
+        assert "another prepare" in said
+
+    first = Body(meanwhile)
+    receipt = run(first, lease=True)
+    assert (first.calls, second.calls) == (1, 0)
+    assert receipt.folder.read_if_present(LEASE) is None, "a finished run holds no lease"
+
+
+def holder(**changes: object) -> bytes:
+    found: dict[str, object] = {"host": "elsewhere", "pid": 1, "token": "theirs", "renewed_at": time.time()}
+    return json.dumps(found | changes).encode()
+
+
+@pytest.fixture
+def leased(run: Callable[..., Receipt]) -> Callable[[bytes], Folder]:
+    """Puts a lease of someone else into the folder that the stage is going to use."""
+
+    def put(content: bytes) -> Folder:
+        folder = run(Body()).folder
+        folder.delete(SUCCESS)
+        folder.write(LEASE, content)
+        return folder
+
+    return put
+
+
+@pytest.mark.parametrize("age", [0, 60, 88])
+def test_a_lease_of_another_machine_counts_while_it_is_fresh(
+    run: Callable[..., Receipt], leased: Callable[[bytes], Folder], age: float
+) -> None:
+    folder = leased(holder(renewed_at=time.time() - age))
+    body = Body()
+    with pytest.raises(RepsepError, match="host elsewhere, process 1"):
+        run(body, lease=True)
+    assert body.calls == 0
+    assert json.loads(folder.read(LEASE))["token"] == "theirs", "what was refused must not touch the lease"
+
+
+def test_a_lease_that_nobody_renews_is_taken_over(
+    run: Callable[..., Receipt], leased: Callable[[bytes], Folder]
+) -> None:
+    leased(holder(renewed_at=time.time() - 91))
+    body = Body(lambda r: own.append(json.loads(r.folder.read(LEASE))))
+    own: list[dict[str, Any]] = []
+    run(body, lease=True)
+    assert body.calls == 1
+    assert own[0]["pid"] == os.getpid()
+    assert time.time() - own[0]["renewed_at"] < 60
+
+
+def test_a_lease_of_a_dead_process_on_this_host_is_not_waited_for(
+    run: Callable[..., Receipt], leased: Callable[[bytes], Folder]
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        child.wait()
+    leased(holder(host=socket.gethostname(), pid=child.pid))
+    body = Body()
+    run(body, lease=True)
+    assert body.calls == 1
+
+
+def test_a_lease_of_a_living_process_on_this_host_counts(
+    run: Callable[..., Receipt], leased: Callable[[bytes], Folder]
+) -> None:
+    leased(holder(host=socket.gethostname(), pid=os.getppid()))
+    with pytest.raises(RepsepError, match=f"process {os.getppid()}"):
+        run(Body(), lease=True)
+
+
+def test_the_lease_is_renewed_while_the_work_goes_on(
+    run: Callable[..., Receipt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "LEASE_REFRESH_S", 0.001)
+
+    def long_work(attempt: StageRun) -> None:
+        first = json.loads(attempt.folder.read(LEASE))["renewed_at"]
+        deadline = time.monotonic() + 10
+        while json.loads(attempt.folder.read(LEASE))["renewed_at"] == first:
+            assert time.monotonic() < deadline, "it was never renewed"
+
+    assert run(Body(long_work), lease=True).folder.read_if_present(LEASE) is None
+
+
+def test_a_run_that_was_taken_over_leaves_the_new_lease_alone(
+    run: Callable[..., Receipt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "LEASE_REFRESH_S", 0.001)
+    threads: list[Any] = []
+
+    def sleeps_too_long(attempt: StageRun) -> None:
+        attempt.folder.write(LEASE, holder())
+        (renewing,) = [t for t in stage.threading.enumerate() if t.name == "lease-prepare"]
+        renewing.join(10)
+        threads.append(renewing)
+
+    folder = run(Body(sleeps_too_long), lease=True).folder
+    assert not threads[0].is_alive()
+    assert json.loads(folder.read(LEASE))["token"] == "theirs"
+
+
+def test_a_storage_that_stumbles_does_not_end_the_renewing(
+    run: Callable[..., Receipt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "LEASE_REFRESH_S", 0.001)
+    write, failed = Folder.write, []
+
+    def stumbles(folder: Folder, key: str, data: bytes) -> None:
+        if key == LEASE and len(failed) < 2:
+            failed.append(key)
+            raise StorageError("try again")
+        write(folder, key, data)
+
+    def long_work(attempt: StageRun) -> None:
+        first = json.loads(attempt.folder.read(LEASE))["renewed_at"]
+        deadline = time.monotonic() + 10
+        while json.loads(attempt.folder.read(LEASE))["renewed_at"] == first:
+            assert time.monotonic() < deadline, "it gave up"
+
+    monkeypatch.setattr(Folder, "write", stumbles)
+    run(Body(long_work), lease=True)
+    assert len(failed) == 2
+
+
+def test_the_latest_receipt_is_that_of_the_run_that_finished_last(
+    run: Callable[..., Receipt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(1000, 2000, 10))
+    monkeypatch.setattr(stage.time, "time", lambda: float(next(clock)))
+    receipts = [run(Body(), PrepareConfig(seed=seed)) for seed in (3, 1, 2)]
+    Folder(f"{tmp_path}/prepare/unfinished").write(STARTED, b"{}")
+    assert latest_receipt(str(tmp_path), "prepare") == receipts[-1]
+    run(Body(), PrepareConfig(seed=1), again=True)
+    assert latest_receipt(str(tmp_path), "prepare").fingerprint == receipts[1].fingerprint
+
+
+def test_where_no_run_has_finished_the_command_to_run_is_named(tmp_path: Path) -> None:
+    Folder(f"{tmp_path}/train/unfinished").write(STARTED, b"{}")
+    with pytest.raises(RepsepError, match="run `repsep train`"):
+        latest_receipt(str(tmp_path), "train")
+
+
+def test_no_secret_of_the_environment_is_written(
+    run: Callable[..., Receipt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the real record of versions and revision
+    secrets = {
+        "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG",
+        "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE",
+        "AWS_SESSION_TOKEN": "FwoGZXIvYXdzEBY",
+        "MLFLOW_TRACKING_PASSWORD": "hunter2-hunter2",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    run(Body(), lease=True)
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"versions" in written
+    assert not [name for name, value in secrets.items() if value.encode() in written]
+
+
+def test_a_stage_on_object_storage_is_cached_as_well(s3: str) -> None:
+    body = Body()
+    receipts = [
+        run_stage(
+            "prepare",
+            workspace=f"s3://{s3}/work",
+            config=PrepareConfig(),
+            inputs={},
+            packages=PACKAGES,
+            body=body,
+            lease=True,
+        )
+        for _ in range(2)
+    ]
+    assert body.calls == 1
+    assert [r.cached for r in receipts] == [False, True]
+    assert latest_receipt(f"s3://{s3}/work", "prepare") == receipts[0]
+    assert sorted(e.key for e in receipts[0].folder.list()) == [STARTED, SUCCESS, "out/data.bin"]
