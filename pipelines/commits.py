@@ -196,7 +196,7 @@ class Output:
         for prefix in (MASKS, CONFIDENCE, RESULTS, COMMITS):
             for key in self._keys(f"{prefix}/"):
                 self.folder.delete(key)
-        for key in (RUN, CLASSES, REPORT):
+        for key in (CLASSES, REPORT, RUN):  # an interrupted clearing is still the other model's output
             self.folder.delete(key)
 
 

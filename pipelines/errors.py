@@ -1,8 +1,8 @@
 """The errors that a person reads. Anything else that comes up is a bug and keeps its traceback.
 
-    RepsepError          exit code 1: it failed, and the message says what to do
-      UsageError         exit code 2: what was asked for cannot be
-      StorageError       exit code 1: an object store or a folder said no
+RepsepError          exit code 1: it failed, and the message says what to do
+  UsageError         exit code 2: what was asked for cannot be
+  StorageError       exit code 1: an object store or a folder said no
 """
 
 

@@ -54,7 +54,9 @@ def register(workspace: str, recipe: Recipe) -> Receipt:
     evaluation = latest_receipt(workspace, "evaluate")
     champion = _champion(recipe, config.name)
     if champion is not None and champion.tags.get("repsep.evaluation") == evaluation.digest:
-        inherited = champion.tags.get("repsep.replaced", "")  # this very evaluation won: say so again, not "cannot beat itself"
+        inherited = champion.tags.get(
+            "repsep.replaced", ""
+        )  # this very evaluation won: say so again, not "cannot beat itself"
     else:
         inherited = str(champion.version) if champion is not None else ""
     with fetch_model(evaluation.results["model"], recipe.tracking) as model:
@@ -75,13 +77,23 @@ def compare(ours: Counts, theirs: Counts, class_names: list[str], config: Regist
     low, high = paired_bootstrap(ours, theirs, config.bootstrap)
     figures = {"miou": new.miou, "champion_miou": old.miou, "difference": difference, "low": low, "high": high}
     if not low > 0:
-        return Decision(False, f"mIoU {difference:+.4f} against the champion, 95 % interval [{low:+.4f}, {high:+.4f}] does not exclude zero", figures)
+        return Decision(
+            False,
+            f"mIoU {difference:+.4f} against the champion, 95 % interval [{low:+.4f}, {high:+.4f}] does not exclude zero",
+            figures,
+        )
     large = ours["labelled"].sum(axis=0) >= LARGE_CLASS_PIXELS
     losses = np.where(large, old.iou - new.iou, -np.inf)
     worst = int(np.nanargmax(losses))
     if losses[worst] > config.max_class_drop:
-        return Decision(False, f"class {class_names[worst]} loses {losses[worst]:.4f} IoU, more than {config.max_class_drop}", figures)
-    return Decision(True, f"mIoU {difference:+.4f} against the champion, 95 % interval [{low:+.4f}, {high:+.4f}]", figures)
+        return Decision(
+            False,
+            f"class {class_names[worst]} loses {losses[worst]:.4f} IoU, more than {config.max_class_drop}",
+            figures,
+        )
+    return Decision(
+        True, f"mIoU {difference:+.4f} against the champion, 95 % interval [{low:+.4f}, {high:+.4f}]", figures
+    )
 
 
 def paired_bootstrap(ours: Counts, theirs: Counts, resamples: int, seed: int = 0) -> tuple[float, float]:
@@ -109,7 +121,9 @@ def _register(
     decision = _decide(workspace, recipe, evaluation, model, champion)
     uri = tracking.tracking_uri(recipe.tracking)
     client = tracking.client_for(uri)
-    run_id = evaluation.results["mlflow_run"] or tracking.start_run(recipe.tracking, "register", tags={"repsep.stage": "register"})
+    run_id = evaluation.results["mlflow_run"] or tracking.start_run(
+        recipe.tracking, "register", tags={"repsep.stage": "register"}
+    )
     with tempfile.TemporaryDirectory() as temporary:
         _save_pyfunc(Path(temporary) / "model", model.directory)
         client.log_artifacts(run_id, str(Path(temporary) / "model"), "model")
@@ -153,7 +167,9 @@ def _decide(workspace: str, recipe: Recipe, evaluation: Receipt, model: FetchedM
                 f"({', '.join(c['name'] for c in ours)}); register it under another name: --set register.name=..."
             )
     # Cached when the champion has been evaluated on these images before, otherwise done now.
-    section = EvaluateConfig(model=uri, dataset=evaluation.results["dataset"], split=evaluation.results["split"], overlays=0)
+    section = EvaluateConfig(
+        model=uri, dataset=evaluation.results["dataset"], split=evaluation.results["split"], overlays=0
+    )
     theirs_keys, theirs_counts = read_counts(evaluate(workspace, recipe, section))
     ours_keys, ours_counts = read_counts(evaluation)
     if ours_keys != theirs_keys:
@@ -175,7 +191,9 @@ def _ensure_registered(client: MlflowClient, name: str) -> None:
     try:
         client.get_registered_model(name)
     except MlflowException:
-        client.create_registered_model(name, description="RepSep segmentor; the artifact `segmentor` is read by load_segmentor")
+        client.create_registered_model(
+            name, description="RepSep segmentor; the artifact `segmentor` is read by load_segmentor"
+        )
 
 
 def _save_pyfunc(path: Path, directory: Path) -> None:

@@ -2,12 +2,13 @@
 
 list -> leave out what is committed -> read and decode -> segment -> encode and commit -> compact -> report
 
-The stage always lists; it says "cached" only when the listing adds nothing. Killed at any moment and started again, every
-image ends with exactly one row and one mask.
+The stage always lists; it says "cached" only when the listing adds nothing. Killed at any moment and started again,
+every image ends with exactly one row and one mask.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
@@ -36,7 +37,7 @@ from pipelines.config import Recipe, SegmentConfig
 from pipelines.errors import RepsepError, UsageError
 from pipelines.models import FetchedModel, fetch_model
 from pipelines.progress import Progress, say
-from pipelines.segment_steps import TODO_SCHEMA, CommitMasks, ReadImages, SegmentImages, failed_row
+from pipelines.segment_steps import TODO_SCHEMA, CommitMasks, CommitSettings, ReadImages, SegmentImages, failed_row
 from pipelines.stage import Receipt, StageRun, digest_of, run_stage
 from pipelines.storage import Entry, Folder, absolute_uri
 from repsep_model.checkpoint import load_classes
@@ -132,7 +133,9 @@ def _plan(source: Folder, target: Folder, config: SegmentConfig, output: Output)
     images = [entry for entry, is_image in entries if is_image]
     if not images:
         found = f"{len(entries)} other objects" if entries else "nothing"
-        raise UsageError(f"{source.uri} holds no image ({found} there; images end in {', '.join(include)}); correct the prefix")
+        raise UsageError(
+            f"{source.uri} holds no image ({found} there; images end in {', '.join(include)}); correct the prefix"
+        )
     known = output.committed()
     todo, failed_before = [], 0
     for entry in images:
@@ -148,9 +151,13 @@ def _plan(source: Folder, target: Folder, config: SegmentConfig, output: Output)
     return Plan(todo[: config.limit], len(images), len(entries) - len(images), done, failed_before, listing)
 
 
-def _segment(run: StageRun, config: SegmentConfig, source: Folder, output: Output, model: FetchedModel, plan: Plan) -> None:
+def _segment(
+    run: StageRun, config: SegmentConfig, source: Folder, output: Output, model: FetchedModel, plan: Plan
+) -> None:
     output.compact()
-    say(f"segment: {plan.listed} images in {source.uri}, {plan.done} done before, {plan.skipped} other objects; {len(plan.todo)} to do")
+    say(
+        f"segment: {plan.listed} images in {source.uri}, {plan.done} done before, {plan.skipped} other objects; {len(plan.todo)} to do"
+    )
     began = time.monotonic()
     tally = _Job(config, source, output, model).run(plan.todo) if plan.todo else Tally()
     seconds = time.monotonic() - began
@@ -173,7 +180,11 @@ def _segment(run: StageRun, config: SegmentConfig, source: Folder, output: Outpu
         "megapixels_per_s": round(tally.megapixels / seconds, 3) if plan.todo else 0.0,
     }
     output.folder.write(REPORT, json.dumps(report, indent=1).encode())
-    run.results = report | {"results": output.folder.uri_of("results"), "run": output.folder.uri_of(RUN), "classes": output.folder.uri_of(CLASSES)}
+    run.results = report | {
+        "results": output.folder.uri_of("results"),
+        "run": output.folder.uri_of(RUN),
+        "classes": output.folder.uri_of(CLASSES),
+    }
 
 
 class _Job:
@@ -215,14 +226,17 @@ class _Job:
         size = runtime.batch_size
         rows = [{"key": e.key, "etag": e.etag, "size": e.size} for e in todo]
         blocks = [pa.Table.from_pylist(rows[i : i + size], schema=TODO_SCHEMA) for i in range(0, len(rows), size)]
-        plain: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": size, "num_cpus": 0.5}
         # Ray Data's default is to retry without end. Ray 2.60 deprecates every way to say so and names no other yet.
         warnings.filterwarnings("ignore", message="`ray_remote_args", category=RayDeprecationWarning)
-        retries: dict[str, Any] = {"ray_remote_args_fn": lambda: {"max_restarts": runtime.retries, "max_task_retries": runtime.retries}}
-        commit = (self.source.uri, self.output.folder.uri, config, self.classes, self.model.version)
+        task: dict[str, Any] = {
+            "batch_format": "pyarrow",
+            "batch_size": size,
+            "num_cpus": 0.5,  # half of the time it waits for the store
+            "ray_remote_args_fn": lambda: {"max_retries": runtime.retries},
+        }
         data: Any = (
             ray.data.from_arrow(blocks)
-            .map_batches(ReadImages, fn_constructor_args=(self.source.uri, config), compute=ray.data.ActorPoolStrategy(size=1), **plain, **retries)
+            .map_batches(functools.partial(_read, source=self.source.uri, config=config), **task)
             .map_batches(
                 SegmentActor,
                 fn_constructor_args=(self.files, config),
@@ -231,9 +245,9 @@ class _Job:
                 batch_size=size,
                 num_cpus=1,
                 num_gpus=1 if use_gpu else 0,
-                **retries,
+                ray_remote_args_fn=lambda: {"max_restarts": runtime.retries, "max_task_retries": runtime.retries},
             )
-            .map_batches(CommitMasks, fn_constructor_args=commit, compute=ray.data.ActorPoolStrategy(size=1), **plain, **retries)
+            .map_batches(functools.partial(_commit, settings=self._commit_settings()), **task)
         )
         try:
             for batch in data.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -246,7 +260,7 @@ class _Job:
     def _one_by_one(self, todo: list[Entry]) -> Iterator[dict[str, Any]]:
         """Each image in a task of its own: the one that kills its worker becomes a row with stage `worker`."""
         task = ray.remote(num_cpus=1, num_gpus=1 if cluster.has_gpu() else 0, max_retries=0)(_segment_one)
-        settings = (self.files, self.source.uri, self.output.folder.uri, self.config, self.classes, self.model.version)
+        settings = (self.files, self.source.uri, self.config, self._commit_settings())
         limit = max(1, int(ray.cluster_resources().get("CPU", 1)))
         running: dict[Any, dict[str, Any]] = {}
         queue = [{"key": e.key, "etag": e.etag, "size": e.size} for e in reversed(todo)]
@@ -260,9 +274,17 @@ class _Job:
                 yield ray.get(done)
             except WORKER_LOST as error:
                 reason = f"its worker process died ({type(error).__name__})"
-                failed = failed_row(row, source=self.source, model_version=self.model.version, stage="worker", error=reason)
+                failed = failed_row(
+                    row, source=self.source, model_version=self.model.version, stage="worker", error=reason
+                )
                 self.output.commit([failed])
                 yield failed
+
+    def _commit_settings(self) -> CommitSettings:
+        colours = tuple(tuple(c["color"]) for c in self.classes["classes"])
+        return CommitSettings(
+            self.source.uri, self.output.folder.uri, colours, self.config.confidence, self.model.version
+        )
 
     def _uncommitted(self, waiting: dict[str, Entry]) -> dict[str, Entry]:
         """What has no row yet: batches may have been committed whose answer was lost with the worker."""
@@ -295,10 +317,23 @@ class SegmentActor(SegmentImages):
         super().__init__(ray.get(files), config)
 
 
+# A task's process keeps its connections for the batches to come.
+_reader = functools.lru_cache(maxsize=4)(ReadImages)
+_committer = functools.lru_cache(maxsize=4)(CommitMasks)
+
+
+def _read(todo: pa.Table, source: str, config: SegmentConfig) -> pa.Table:
+    return _reader(source, config)(todo)
+
+
+def _commit(labels: pa.Table, settings: CommitSettings) -> pa.Table:
+    return _committer(settings)(labels)
+
+
 def _segment_one(
-    row: dict[str, Any], files: dict[str, bytes], source: str, target: str, config: SegmentConfig, classes: dict[str, Any], model_version: str
+    row: dict[str, Any], files: dict[str, bytes], source: str, config: SegmentConfig, settings: CommitSettings
 ) -> dict[str, Any]:
     todo = pa.Table.from_pylist([row], schema=TODO_SCHEMA)
-    labels = SegmentImages(files, config)(ReadImages(source, config)(todo))
-    found: list[dict[str, Any]] = CommitMasks(source, target, config, classes, model_version)(labels).to_pylist()
+    labels = SegmentImages(files, config)(_read(todo, source, config))
+    found: list[dict[str, Any]] = _commit(labels, settings).to_pylist()
     return found[0]

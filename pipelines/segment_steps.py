@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -130,15 +131,23 @@ class SegmentImages:
         return [(labels[i, :h, :w].numpy(), _as_bytes(confidence[i, :h, :w].numpy())) for i, (h, w) in enumerate(sizes)]
 
 
+@dataclass(frozen=True)
+class CommitSettings:
+    """Where masks go and how they look; hashable, so that a process makes one committer for many batches."""
+
+    source: str
+    target: str
+    colours: tuple[tuple[int, ...], ...]
+    confidence: bool
+    model_version: str
+
+
 class CommitMasks:
     """Labels -> masks in the output, then the batch's rows. Returns the rows' keys and states for the driver."""
 
-    def __init__(
-        self, source: str, target: str, config: SegmentConfig, classes: Mapping[str, Any], model_version: str
-    ) -> None:
-        self.source, self.output, self.config = Folder(source), Output(Folder(target)), config
-        self.colours = [c["color"] for c in classes["classes"]]
-        self.model_version = model_version
+    def __init__(self, settings: CommitSettings) -> None:
+        self.settings = settings
+        self.source, self.output = Folder(settings.source), Output(Folder(settings.target))
         self.pool = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="write")
 
     def __call__(self, labels: pa.Table) -> pa.Table:
@@ -155,7 +164,7 @@ class CommitMasks:
         }
         row |= {
             "uri": self.source.uri_of(key),
-            "model_version": self.model_version,
+            "model_version": self.settings.model_version,
             "status": FAILED if found["error"] else OK,
         }
         if not found["error"]:
@@ -163,14 +172,14 @@ class CommitMasks:
             labels = np.frombuffer(found["labels"], np.uint8).reshape(size)
             confidence = np.frombuffer(found["confidence"], np.uint8).reshape(size)
             where = object_key(MASKS, key, ".png", root=folder.path, local=folder.local)
-            folder.write(where, encode_mask(labels, self.colours))
-            if self.config.confidence:
+            folder.write(where, encode_mask(labels, self.settings.colours))
+            if self.settings.confidence:
                 folder.write(
                     object_key(CONFIDENCE, key, ".png", root=folder.path, local=folder.local), encode_grey(confidence)
                 )
             row |= {
                 "mask_uri": folder.uri_of(where),
-                "pixels": np.bincount(labels.ravel(), minlength=len(self.colours)).tolist(),
+                "pixels": np.bincount(labels.ravel(), minlength=len(self.settings.colours)).tolist(),
                 "confidence": float(confidence.mean()) / 255,
             }
         return row | {"seconds": found["seconds"] + time.perf_counter() - began, "finished_at": datetime.now(UTC)}

@@ -59,7 +59,9 @@ def sweep(workspace: str, recipe: Recipe) -> Receipt:
     dataset = open_dataset(config.dataset or latest_receipt(workspace, "prepare").results["dataset"])
     unknown = sorted(set(config.search.loss) - set(term_names()))
     if unknown:
-        raise UsageError(f"sweep.search.loss: there is no loss term {', '.join(unknown)}; known: {', '.join(term_names())}")
+        raise UsageError(
+            f"sweep.search.loss: there is no loss term {', '.join(unknown)}; known: {', '.join(term_names())}"
+        )
     for inside in (True, False):
         dataset.split("train").held_out(config.holdout, 0, inside=inside)  # raises before a cluster is asked for
     for model in config.search.backbones:
@@ -67,7 +69,10 @@ def sweep(workspace: str, recipe: Recipe) -> Receipt:
     return run_stage(
         "sweep",
         workspace=workspace,
-        config=_Fixed(sweep=config.model_dump(mode="json", exclude={"runtime"}), train=recipe.train.model_dump(mode="json", exclude={"runtime"})),
+        config=_Fixed(
+            sweep=config.model_dump(mode="json", exclude={"runtime"}),
+            train=recipe.train.model_dump(mode="json", exclude={"runtime"}),
+        ),
         inputs={"dataset": dataset.digest},
         packages=PACKAGES,
         lease=True,
@@ -189,19 +194,30 @@ def _tune(
         "parent": parent,
     }
     # A trial's driver needs no CPU of its own, its workers do the work; Tune refuses an empty request, so one byte it is.
-    trainable = tune.with_resources(tune.with_parameters(_trial, settings=settings), tune.PlacementGroupFactory([{"memory": 1}]))
+    trainable = tune.with_resources(
+        tune.with_parameters(_trial, settings=settings), tune.PlacementGroupFactory([{"memory": 1}])
+    )
     if tune.Tuner.can_restore(f"{storage}/{name}"):
         tuner = tune.Tuner.restore(f"{storage}/{name}", trainable=trainable, restart_errored=True)
     else:
         scheduler = (
-            ASHAScheduler(time_attr="step", max_t=config.steps, grace_period=config.validate_every, reduction_factor=config.reduction_factor)
+            ASHAScheduler(
+                time_attr="step",
+                max_t=config.steps,
+                grace_period=config.validate_every,
+                reduction_factor=config.reduction_factor,
+            )
             if name == SEARCH
             else FIFOScheduler()
         )
         tuner = tune.Tuner(
             trainable,
-            param_space={"point": tune.grid_search([{"name": p.name, "config": p.config.model_dump(mode="json")} for p in what])},
-            tune_config=tune.TuneConfig(metric="miou", mode="max", scheduler=scheduler, max_concurrent_trials=_concurrent(config)),
+            param_space={
+                "point": tune.grid_search([{"name": p.name, "config": p.config.model_dump(mode="json")} for p in what])
+            },
+            tune_config=tune.TuneConfig(
+                metric="miou", mode="max", scheduler=scheduler, max_concurrent_trials=_concurrent(config)
+            ),
             run_config=tune.RunConfig(
                 name=name,
                 storage_path=storage,
@@ -218,7 +234,9 @@ def _tune(
         if "best_miou" in metrics:
             found[point.name] = Trial(point, metrics["best_miou"], metrics["step"])
         else:
-            found[point.name] = Trial(point, float("nan"), 0, str(result.error or "it reported nothing").strip().splitlines()[-1])
+            found[point.name] = Trial(
+                point, float("nan"), 0, str(result.error or "it reported nothing").strip().splitlines()[-1]
+            )
     return [found[p.name] for p in what]
 
 
@@ -229,7 +247,9 @@ def _trial(config: dict[str, Any], settings: Mapping[str, Any]) -> None:
     trial_id = tune.get_context().get_trial_id()
     run_id = tracking.child_run(where, settings["parent"], "repsep.trial", trial_id)
     if run_id is None:
-        run_id = tracking.start_run(where, point["name"], tags={"repsep.trial": trial_id, "repsep.stage": "sweep"}, parent=settings["parent"])
+        run_id = tracking.start_run(
+            where, point["name"], tags={"repsep.trial": trial_id, "repsep.stage": "sweep"}, parent=settings["parent"]
+        )
     logger = tracking.RunLogger(settings["tracking_uri"], run_id)
     logger.params({"train": point["config"]})
     loop = LoopSettings(point["config"], settings["dataset"], settings["tracking_uri"], run_id)
@@ -247,7 +267,9 @@ class _Narrator(tune.Callback):
     def __init__(self, numbers: Mapping[str, int]) -> None:
         self.numbers = numbers
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         if "miou" in result:
             self._say(trial, f"step {result['step']}, mIoU {result['miou']:.4f}")
 
@@ -280,12 +302,24 @@ def table_text(trials: list[Trial]) -> str:
 def _row(trial: Trial) -> dict[str, Any]:
     config = trial.point.config
     weights = {name: getattr(config.loss, name) for name in term_names()}
-    shown = {f"w.{name}": value for name, value in weights.items() if name in ("local", "coarse", "attention", "identity", "region", "patch")}
+    shown = {
+        f"w.{name}": value
+        for name, value in weights.items()
+        if name in ("local", "coarse", "attention", "identity", "region", "patch")
+    }
     miou = f"{trial.miou:.4f}" if not trial.error else trial.error[:40]
-    return {"trial": trial.point.name, "mIoU": miou, "steps": trial.steps, "backbone": config.model.backbone, "lr": config.lr} | shown
+    return {
+        "trial": trial.point.name,
+        "mIoU": miou,
+        "steps": trial.steps,
+        "backbone": config.model.backbone,
+        "lr": config.lr,
+    } | shown
 
 
-def _write_results(run: StageRun, trials: list[Trial], winner: Trial, workspace: str, recipe: Recipe, logger: tracking.RunLogger) -> None:
+def _write_results(
+    run: StageRun, trials: list[Trial], winner: Trial, workspace: str, recipe: Recipe, logger: tracking.RunLogger
+) -> None:
     rows = [_row(t) for t in trials]
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
@@ -295,7 +329,9 @@ def _write_results(run: StageRun, trials: list[Trial], winner: Trial, workspace:
     run.folder.write(PLOT, _plot(trials))
     base = recipe.train
     chosen = winner.point.config
-    section = base.model_copy(update={"model": chosen.model, "loss": chosen.loss, "lr": chosen.lr}).model_dump(mode="json", exclude_defaults=True)
+    section = base.model_copy(update={"model": chosen.model, "loss": chosen.loss, "lr": chosen.lr}).model_dump(
+        mode="json", exclude_defaults=True
+    )
     found = {"workspace": workspace, "tracking": recipe.tracking.model_dump(exclude_defaults=True), "train": section}
     run.folder.write(BEST, yaml.safe_dump({k: v for k, v in found.items() if v}, sort_keys=False).encode())
     for name in (TABLE, BEST):

@@ -99,7 +99,9 @@ def trainer(settings: LoopSettings, *, storage: str, name: str, callbacks: list[
         train_loop,  # type: ignore[arg-type] # Ray hands what the loop returns to the driver, its hint says None
         train_loop_config=settings.to_dict(),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=runtime.workers, use_gpu=use_gpu, resources_per_worker={"CPU": runtime.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+            num_workers=runtime.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": runtime.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
         run_config=ray.train.RunConfig(
             name=name,
@@ -162,11 +164,20 @@ def train_loop(settings: dict[str, Any]) -> str | None:
     # Our norms leave channels-last strides on 1 x 1 convolutions; DDP copies those few gradients and says so each time.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     worker = _Worker.start(config, open_dataset(settings["dataset"]))
-    logger = tracking.RunLogger(settings["tracking_uri"], settings["mlflow_run"]) if worker.rank == 0 and settings["mlflow_run"] else None
+    logger = (
+        tracking.RunLogger(settings["tracking_uri"], settings["mlflow_run"])
+        if worker.rank == 0 and settings["mlflow_run"]
+        else None
+    )
     state, steps = worker.state, worker.settings
     progress = Progress("train: step", config.steps, done=state.step)
     batches = worker.loader.steps(
-        state.step, config.steps, batch_size=config.batch_size, micro_batch=config.micro_batch, rank=worker.rank, world_size=worker.world_size
+        state.step,
+        config.steps,
+        batch_size=config.batch_size,
+        micro_batch=config.micro_batch,
+        rank=worker.rank,
+        world_size=worker.world_size,
     )
     clock = _Clock()
     while state.step < config.steps:
@@ -251,16 +262,36 @@ class _Worker:
         if device.type == "cpu":
             torch.set_num_threads(max(1, int(config.runtime.cpus_per_worker)))
         torch.manual_seed(config.seed)
-        raw = build_segmentor(segmentor_config(config.model, dataset.num_classes), config.model.pretrained).to(device).train()
-        model = DistributedDataParallel(raw, device_ids=[device] if device.type == "cuda" else None) if world_size > 1 else raw
+        raw = (
+            build_segmentor(segmentor_config(config.model, dataset.num_classes), config.model.pretrained)
+            .to(device)
+            .train()
+        )
+        model = (
+            DistributedDataParallel(raw, device_ids=[device] if device.type == "cuda" else None)
+            if world_size > 1
+            else raw
+        )
         groups = parameter_groups(
-            raw, lr=config.lr, weight_decay=config.weight_decay, layer_decay=config.layer_decay, head_lr_scale=config.head_lr_scale
+            raw,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+            head_lr_scale=config.head_lr_scale,
         )
         state = TrainState(raw, model, torch.optim.AdamW(groups, lr=config.lr), Ema(raw, config.ema))
-        settings = StepSettings(loss_weights(config.loss), config.steps, config.warmup_steps, config.clip, config.bf16, config.seed)
+        settings = StepSettings(
+            loss_weights(config.loss), config.steps, config.warmup_steps, config.clip, config.bf16, config.seed
+        )
         training, validation = _splits(config, dataset)
         augmentation = Augmentation(**config.augment.model_dump())
-        loader = TrainLoader(training, augmentation=augmentation, fill=fill_colour(raw), seed=config.seed, threads=config.runtime.loader_threads)
+        loader = TrainLoader(
+            training,
+            augmentation=augmentation,
+            fill=fill_colour(raw),
+            seed=config.seed,
+            threads=config.runtime.loader_threads,
+        )
         worker = cls(config, dataset, state, settings, loader, validation, rank, world_size)
         if (checkpoint := ray.train.get_checkpoint()) is not None:
             with checkpoint.as_directory() as directory:
@@ -274,7 +305,10 @@ class _Worker:
     def validate_and_report(self, metrics: dict[str, float], logger: tracking.RunLogger | None) -> None:
         """Validate the moving average over all ranks, then checkpoint; the checkpoint holds the best model so far."""
         average: Segmentor = self.state.ema.model  # type: ignore[assignment]
-        samples = ((image, mask) for _, image, mask in self.validation.share(self.rank, self.world_size, self.config.validate_images))
+        samples = (
+            (image, mask)
+            for _, image, mask in self.validation.share(self.rank, self.world_size, self.config.validate_images)
+        )
         scores = validate(average, samples, bf16=self.config.bf16, all_reduce=self.all_reduce).scores()
         with tempfile.TemporaryDirectory() as temporary:
             directory = Path(temporary)
@@ -282,15 +316,24 @@ class _Worker:
                 self.best_miou, self.best_step = scores.miou, self.state.step
                 self.best = None
             metrics = metrics | {f"val/{name}": value for name, value in scores.means().items()}
-            metrics |= {"miou": scores.miou, "step": self.state.step, "best_miou": self.best_miou, "best_step": self.best_step}
+            metrics |= {
+                "miou": scores.miou,
+                "step": self.state.step,
+                "best_miou": self.best_miou,
+                "best_step": self.best_step,
+            }
             metrics["parameters"] = sum(p.numel() for p in self.state.raw.parameters())
             checkpoint = None
             if self.rank == 0:
                 self._save(directory, average)
                 checkpoint = ray.train.Checkpoint.from_directory(directory)
                 if logger is not None:
-                    per_class = {f"val_iou/{n}": float(v) for n, v in zip(self.dataset.class_names, scores.iou, strict=True)}
-                    logger.metrics({k: v for k, v in metrics.items() if k.startswith("val/")} | per_class, self.state.step)
+                    per_class = {
+                        f"val_iou/{n}": float(v) for n, v in zip(self.dataset.class_names, scores.iou, strict=True)
+                    }
+                    logger.metrics(
+                        {k: v for k, v in metrics.items() if k.startswith("val/")} | per_class, self.state.step
+                    )
             ray.train.report(metrics, checkpoint=checkpoint)
         # A reported checkpoint is only safe once the controller has committed it: a worker lost before would lose it.
         ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
@@ -298,7 +341,12 @@ class _Worker:
     def _save(self, directory: Path, average: Segmentor) -> None:
         state = self.state
         torch.save(
-            {"step": state.step, "model": state.raw.state_dict(), "ema": state.ema.state_dict(), "optimizer": state.optimizer.state_dict()},
+            {
+                "step": state.step,
+                "model": state.raw.state_dict(),
+                "ema": state.ema.state_dict(),
+                "optimizer": state.optimizer.state_dict(),
+            },
             directory / STATE,
         )
         if self.best is None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +62,16 @@ def test_a_segmentation_killed_half_way_ends_with_one_row_and_the_same_masks(
     whole = sorted((scenes / "images").rglob("*.jpg"))
     for number in range(96):
         (source / f"{number:03d}.jpg").write_bytes(whole[number % len(whole)].read_bytes())
-    command = [str(BIN / "repsep"), "segment", str(source), "OUT", "--model", str(model), "--set", "segment.runtime.batch_size=4"]
+    command = [
+        str(BIN / "repsep"),
+        "segment",
+        str(source),
+        "OUT",
+        "--model",
+        str(model),
+        "--set",
+        "segment.runtime.batch_size=4",
+    ]
     reference, target = tmp_path / "reference", tmp_path / "out"
     done = run([str(reference) if a == "OUT" else a for a in command], environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -86,8 +97,16 @@ def head(environment: dict[str, str], tmp_path: Path) -> Iterator[dict[str, str]
     """`ray start --head` on free ports; yields the environment for `ray job submit`. Ended by its processes' ids."""
     at = environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
     del at["RAY_ADDRESS"]
-    folder = tmp_path / "ray"
-    arguments = ["start", "--head", "--block", "--port=26379", "--dashboard-port=28265", "--num-cpus=2", f"--temp-dir={folder}"]
+    folder = tempfile.mkdtemp(prefix="ray-")  # tmp_path is too long for a socket's name
+    arguments = [
+        "start",
+        "--head",
+        "--block",
+        "--port=26379",
+        "--dashboard-port=28265",
+        "--num-cpus=2",
+        f"--temp-dir={folder}",
+    ]
     log = (tmp_path / "head.log").open("wb")
     process = subprocess.Popen([str(BIN / "ray"), *arguments], env=at, stdout=log, stderr=log)
     at["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:28265"
@@ -96,12 +115,15 @@ def head(environment: dict[str, str], tmp_path: Path) -> Iterator[dict[str, str]
     kill_tree(process.pid)
     process.wait()
     log.close()
+    shutil.rmtree(folder)
 
 
 def test_training_is_submitted_as_a_ray_job_both_ways(head: dict[str, str], scenes: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     section = {"model": TINY_MODEL, "steps": 6, "validate_every": 3, "batch_size": 4, "augment": {"crop": 64}}
-    recipe.write_text(yaml.safe_dump({"workspace": str(tmp_path / "ws"), "prepare": {"source": str(scenes)}, "train": section}))
+    recipe.write_text(
+        yaml.safe_dump({"workspace": str(tmp_path / "ws"), "prepare": {"source": str(scenes)}, "train": section})
+    )
     prepared = run([str(BIN / "repsep"), "prepare", "--config", str(recipe)], head)
     assert prepared.returncode == 0, prepared.stderr
     submit = [str(BIN / "ray"), "job", "submit", "--working-dir", "."]
@@ -117,7 +139,9 @@ def test_training_is_submitted_as_a_ray_job_both_ways(head: dict[str, str], scen
     assert list((Path(head["REPSEP_HOME"]) / "workspace").glob("train/*/model/model.safetensors"))
 
 
-def test_a_sweep_leaves_a_table_a_plot_and_a_recipe_that_train_takes(environment: dict[str, str], scenes: Path, tmp_path: Path) -> None:
+def test_a_sweep_leaves_a_table_a_plot_and_a_recipe_that_train_takes(
+    environment: dict[str, str], scenes: Path, tmp_path: Path
+) -> None:
     other = TINY_MODEL | {"separation": "local"}
     recipe = {
         "workspace": str(tmp_path / "ws"),
@@ -136,8 +160,17 @@ def test_a_sweep_leaves_a_table_a_plot_and_a_recipe_that_train_takes(environment
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_demo_runs_and_the_second_time_every_stage_is_cached(environment: dict[str, str], scenes: Path, tmp_path: Path) -> None:
-    steps = ["--set", "train.steps=8", "--set", "train.validate_every=4", "--set", f"train.model={json.dumps(TINY_MODEL)}"]
+def test_the_demo_runs_and_the_second_time_every_stage_is_cached(
+    environment: dict[str, str], scenes: Path, tmp_path: Path
+) -> None:
+    steps = [
+        "--set",
+        "train.steps=8",
+        "--set",
+        "train.validate_every=4",
+        "--set",
+        f"train.model={json.dumps(TINY_MODEL)}",
+    ]
     command = [str(BIN / "repsep"), "demo", "--data", str(scenes), "--folder", str(tmp_path / "demo"), *steps]
     first = run(command, environment)
     assert first.returncode == 0, first.stderr[-3000:]

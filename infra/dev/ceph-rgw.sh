@@ -167,7 +167,8 @@ launch() { # PROGRAM OPTION...
     echo $! >"$FOLDER/run/$program.pid"
     # Until setsid has become the daemon, pid_of does not know it.
     until pid_of "$program" >/dev/null || ! kill -0 $! 2>/dev/null; do sleep 0.01; done
-    disown # no "Killed" on the terminal if a failed start takes it back
+    # No "Killed" on the terminal if a failed start takes it back. Where it has ended already, wait_until says so.
+    disown 2>/dev/null || true
 }
 
 wait_until() { # PROGRAM COMMAND...: poll until COMMAND succeeds, PROGRAM dies or time is up

@@ -49,7 +49,14 @@ def test_every_command_has_help_that_says_what_it_does(name: str) -> None:
 
 def test_help_of_segment_teaches_uris_outputs_and_exit_codes() -> None:
     text = CliRunner().invoke(segment_command, ["--help"]).output
-    for word in ("s3://", "models:/", "masks/KEY.png", "results/", "AWS_ENDPOINT_URL", "Exit codes: 0 done, 1 failed, 2"):
+    for word in (
+        "s3://",
+        "models:/",
+        "masks/KEY.png",
+        "results/",
+        "AWS_ENDPOINT_URL",
+        "Exit codes: 0 done, 1 failed, 2",
+    ):
         assert word in text
 
 
@@ -63,7 +70,11 @@ def test_help_of_segment_teaches_uris_outputs_and_exit_codes() -> None:
         (["segment"], 2, "segment needs an input and an output"),
         (["segment", "in", "in"], 2, "masks need a prefix of their own"),
         (["segment", "in", "out", "--model", "models:/a/b/c"], 2, "models:/name@alias"),
-        (["segment", "in", "out", "--model", "models:/nobody@champion"], 1, "models:/nobody@champion is not in the registry"),
+        (
+            ["segment", "in", "out", "--model", "models:/nobody@champion"],
+            1,
+            "models:/nobody@champion is not in the registry",
+        ),
         (["segment", "in", "out", "--model", "nowhere"], 1, "model.safetensors is missing"),
         (["segment", "in", "out", "--limit", "many"], 2, "'many' is not a valid integer"),
         (["evaluate"], 1, "run `repsep prepare`"),
@@ -107,12 +118,16 @@ def test_a_missing_bucket_and_a_mask_out_of_range_are_named(
     assert "masks/train/" in err
 
 
-def test_debug_shows_the_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_shows_the_traceback(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, _, err = run(capfd, monkeypatch, "prepare", "--debug", "--set", f"prepare.source={tmp_path}/none")
     assert "Traceback" in err
 
 
-def test_json_prints_one_object_on_stdout(scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_prints_one_object_on_stdout(
+    scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = ("--set", f"prepare.source={scenes}", "--set", f"workspace={tmp_path}")
     code, out, _ = run(capfd, monkeypatch, "prepare", "--json", *given)
     receipt = json.loads(out)
@@ -128,6 +143,8 @@ def test_every_job_file_runs_alone(name: str) -> None:
     assert file.stat().st_mode & 0o111 == 0o111
 
 
-def test_the_recipes_that_come_along_are_named_when_one_is_not_found(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipes_that_come_along_are_named_when_one_is_not_found(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, _, err = run(capfd, monkeypatch, "train", "--config", "demoo")
     assert all(path.stem in err for path in RECIPES.glob("*.yaml"))

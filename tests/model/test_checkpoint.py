@@ -91,6 +91,7 @@ def test_directory_holds_the_three_files_and_no_training_only_weights(saved: Pat
 
 def test_class_list_is_kept_unchanged(saved: Path) -> None:
     assert load_classes(saved) == CLASSES
+    assert '"Straße 3"' in (saved / "classes.json").read_text(encoding="utf-8"), "readable by people too"
 
 
 def test_class_list_of_another_length_is_refused(tmp_path: Path) -> None:

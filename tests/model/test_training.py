@@ -107,8 +107,9 @@ def test_two_ranks_with_unequal_labels_do_what_one_process_does_with_the_global_
 def test_totals_are_summed_over_ranks_before_anything_is_divided() -> None:
     """A second rank with the same labels halves this one's share; the world size makes up for the mean of gradients."""
     alone, of_two = fresh_state(), fresh_state()
-    train_step(alone, [uneven_batch()], SETTINGS)
-    train_step(of_two, [uneven_batch()], SETTINGS, world_size=2, all_reduce=lambda t: t.mul_(2))
+    expected = train_step(alone, [uneven_batch()], SETTINGS)
+    found = train_step(of_two, [uneven_batch()], SETTINGS, world_size=2, all_reduce=lambda t: t.mul_(2))
+    assert found == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(gradients(of_two), gradients(alone), rtol=1e-4, atol=1e-6)
     other = fresh_state()
     train_step(other, [uneven_batch()], SETTINGS, world_size=1, all_reduce=lambda t: t.mul_(2))

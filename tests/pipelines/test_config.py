@@ -35,9 +35,7 @@ def recipe_file(tmp_path: Path) -> Any:
         ("segment: {runtime: {batchsize: 2}}", "segment.runtime.batchsize", "batch_size"),
     ],
 )
-def test_an_unknown_key_is_named_in_full_with_the_nearest_one(
-    recipe_file: Any, text: str, key: str, near: str
-) -> None:
+def test_an_unknown_key_is_named_in_full_with_the_nearest_one(recipe_file: Any, text: str, key: str, near: str) -> None:
     file = recipe_file(text)
     with pytest.raises(UsageError) as caught:
         load_recipe(file)

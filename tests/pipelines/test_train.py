@@ -42,13 +42,17 @@ def test_a_finished_training_is_cached(trained: Receipt, recipe: Recipe, workspa
     assert again == trained
 
 
-def test_the_run_in_mlflow_has_parameters_curves_and_the_dataset(trained: Receipt, recipe: Recipe, prepared: Receipt) -> None:
+def test_the_run_in_mlflow_has_parameters_curves_and_the_dataset(
+    trained: Receipt, recipe: Recipe, prepared: Receipt
+) -> None:
     client = MlflowClient(tracking_uri=recipe.tracking.uri)
     run = client.get_run(trained.results["mlflow_run"])
     assert run.info.status == "FINISHED"
     assert run.data.params["train.batch_size"] == "4"
     assert [m.step for m in client.get_metric_history(run.info.run_id, "val/miou")] == [4, 8, 12]
-    assert {"loss", "loss/ce", "loss/region", "grad_norm", "lr", "images_per_s", "data_wait_share"} <= set(run.data.metrics)
+    assert {"loss", "loss/ce", "loss/region", "grad_norm", "lr", "images_per_s", "data_wait_share"} <= set(
+        run.data.metrics
+    )
     (given,) = run.inputs.dataset_inputs
     assert given.dataset.digest == open_dataset(prepared.results["dataset"]).digest[:36]
 
@@ -84,13 +88,17 @@ def test_a_killed_worker_changes_neither_the_number_of_steps_nor_a_weight(
     assert all(torch.equal(ours[name], reference[name]) for name in reference)
 
 
-def test_a_loss_that_is_not_finite_stops_training_with_the_step(recipe: Recipe, prepared: Receipt, ray_cluster: None, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_training_with_the_step(
+    recipe: Recipe, prepared: Receipt, ray_cluster: None, tmp_path: Path
+) -> None:
     broken = changed(recipe, dataset=prepared.results["dataset"], lr=1e30, warmup_steps=0, clip=1e30, steps=6)
     with pytest.raises(RepsepError, match=r"at step \d+: lower the learning rate"):
         train(str(tmp_path), broken)
 
 
-def test_an_unknown_backbone_is_refused_before_a_cluster_is_asked_for(recipe: Recipe, prepared: Receipt, tmp_path: Path) -> None:
+def test_an_unknown_backbone_is_refused_before_a_cluster_is_asked_for(
+    recipe: Recipe, prepared: Receipt, tmp_path: Path
+) -> None:
     model = recipe.train.model.model_copy(update={"backbone": "vit_teeny_patch16_224"})
     with pytest.raises(UsageError, match="vit_teeny_patch16_224"):
         train(str(tmp_path), changed(recipe, model=model, dataset=prepared.results["dataset"]))
