@@ -1,7 +1,8 @@
 """A model version in the MLflow registry, and the gate before the alias `champion`.
 
-The first model becomes champion with the reason "first". A challenger must be better on the same images: a paired bootstrap
-over images whose interval excludes zero, and no class that loses too much. Otherwise it is registered as `challenger`.
+The first model becomes champion with the reason "first". A challenger must be better on the same images: a paired
+bootstrap over images whose interval excludes zero, and no class that loses too much. Otherwise it is registered as
+`challenger`.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def compare(ours: Counts, theirs: Counts, class_names: list[str], config: Regist
     if not low > 0:
         return Decision(
             False,
-            f"mIoU {difference:+.4f} against the champion, 95 % interval [{low:+.4f}, {high:+.4f}] does not exclude zero",
+            f"mIoU {difference:+.4f} against the champion, "
+            f"95 % interval [{low:+.4f}, {high:+.4f}] does not exclude zero",
             figures,
         )
     large = ours["labelled"].sum(axis=0) >= LARGE_CLASS_PIXELS
@@ -199,7 +201,7 @@ def _ensure_registered(client: MlflowClient, name: str) -> None:
 def _save_pyfunc(path: Path, directory: Path) -> None:
     versions = package_versions()
     with warnings.catch_warnings():
-        # MLflow asks for type hints and an input example, though the signature is given, and lifts any filter on the way.
+        # MLflow asks for type hints and an input example, though the signature is given, and lifts any filter itself.
         warnings.showwarning = lambda *_, **__: None
         _save(path, directory, versions)
 

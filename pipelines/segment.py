@@ -156,12 +156,15 @@ def _segment(
 ) -> None:
     output.compact()
     say(
-        f"segment: {plan.listed} images in {source.uri}, {plan.done} done before, {plan.skipped} other objects; {len(plan.todo)} to do"
+        f"segment: {plan.listed} images in {source.uri}, {plan.done} done before, {plan.skipped} other objects; "
+        f"{len(plan.todo)} to do"
     )
     began = time.monotonic()
-    tally = _Job(config, source, output, model).run(plan.todo) if plan.todo else Tally()
+    try:
+        tally = _Job(config, source, output, model).run(plan.todo) if plan.todo else Tally()
+    finally:
+        rows, failed_rows = output.compact()  # also when it failed: people read results/, not _commits/
     seconds = time.monotonic() - began
-    rows, failed_rows = output.compact()
     report = {
         "source": source.uri,
         "target": output.folder.uri,
@@ -305,8 +308,9 @@ class _Job:
         seen = tally.ok + tally.failed
         if seen >= BREAKER_IMAGES and tally.failed > self.config.max_failure_rate * seen:
             raise RepsepError(
-                f"{tally.failed} of the first {seen} images failed ({dict(tally.reasons)}), more than segment.max_failure_rate="
-                f"{self.config.max_failure_rate} allows; the reasons are in {self.output.folder.uri_of('_commits')}. Last: {row.get('error')}"
+                f"{tally.failed} of the first {seen} images failed ({dict(tally.reasons)}), more than "
+                f"segment.max_failure_rate={self.config.max_failure_rate} allows. The last: {row.get('error')}. "
+                f"All are in {self.output.folder.uri_of('results')}"
             )
 
 

@@ -1,8 +1,8 @@
 """Hyperparameter search with Ray Tune: loss weights x backbones x learning rate, early stopping by ASHA.
 
-Trials are drawn up front from (seed, number), so the same recipe always tries the same points. Each trial is a Ray Train run
-of its own, judged on a piece held out of train. The best and the default are then trained again with fresh seeds on all of
-train and compared on val.
+Trials are drawn up front from (seed, number), so the same recipe always tries the same points. Each trial is a Ray
+Train run of its own, judged on a piece held out of train. The best and the default are then trained again with fresh
+seeds on all of train and compared on val.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def _tune(
         "tracking_uri": tracking.tracking_uri(recipe.tracking),
         "parent": parent,
     }
-    # A trial's driver needs no CPU of its own, its workers do the work; Tune refuses an empty request, so one byte it is.
+    # A trial's driver needs no CPU, its workers do the work; Tune refuses an empty request, so one byte it is.
     trainable = tune.with_resources(
         tune.with_parameters(_trial, settings=settings), tune.PlacementGroupFactory([{"memory": 1}])
     )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from repsep_model import separation_report
 from repsep_model.diagnostics import SeparationReport, class_cosines, mean_similarity
-from repsep_model.labels import IGNORE_INDEX
+from repsep_model.labels import IGNORE_INDEX, majority_reduce
 from tests.model.tiny import K, random_images, random_labels, tiny_segmentor
 
 
@@ -87,6 +87,22 @@ def test_report_measures_a_model_at_odd_size_and_leaves_its_mode(training: bool)
     cosines = [*reports[0].tap_similarity, *list(vars(reports[0]).values())[1:]]
     assert all(-1 <= value <= 1 for value in cosines)
     assert model.training == training
+
+
+def test_report_holds_the_cosines_of_taps_and_of_both_maps() -> None:
+    model, images, labels = tiny_segmentor().eval(), random_images(2, 96, 64), random_labels(2, 96, 64)
+    report = separation_report(model, images, labels)
+    with torch.no_grad():
+        found = model.features(images)
+    reduced = majority_reduce(labels, 8, K)
+    assert report.tap_similarity == pytest.approx([mean_similarity(tap) for tap in found.taps], rel=1e-4)
+    assert report.fused_similarity == pytest.approx(mean_similarity(found.fused_BDhw), rel=1e-4)
+    assert report.separated_similarity == pytest.approx(mean_similarity(found.separated_BDhw), rel=1e-4)
+    fused = report.fused_within, report.fused_between
+    separated = report.separated_within, report.separated_between
+    assert fused == pytest.approx(class_cosines(found.fused_BDhw, reduced), rel=1e-4)
+    assert separated == pytest.approx(class_cosines(found.separated_BDhw, reduced), rel=1e-4)
+    assert fused != pytest.approx(separated, rel=1e-3)
 
 
 def test_report_without_separation_gains_nothing() -> None:

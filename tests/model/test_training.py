@@ -213,12 +213,16 @@ def test_gradient_is_clipped_and_reported_unclipped() -> None:
 
 def test_step_follows_the_schedule_and_moves_the_average() -> None:
     state = fresh_state(lr=0.3)
+    by_hand = Ema(state.raw, 0.9)
     settings = replace(SETTINGS, warmup_steps=2, total_steps=4)
-    reports = [train_step(state, [uneven_batch()], settings) for _ in range(3)]
+    reports = []
+    for step in range(3):
+        reports.append(train_step(state, [uneven_batch()], settings))
+        by_hand.update(state.raw, step)
     assert [r["lr"] for r in reports] == pytest.approx([0.1, 0.2, 0.3])
     assert state.step == 3
-    name = "classifier.weight"
-    assert not torch.equal(state.ema.state_dict()[name], state.raw.state_dict()[name])
+    assert_same_bits(state.ema.state_dict(), by_hand.state_dict())
+    assert not torch.equal(by_hand.state_dict()["classifier.weight"], state.raw.classifier.weight)
 
 
 def test_bf16_step_keeps_fp32_weights_and_gives_nearly_the_same_loss() -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import pipelines.segment as segment_module
 
 from pipelines.commits import Output
 from pipelines.config import Recipe, SegmentConfig
@@ -132,3 +138,27 @@ def test_an_output_that_cannot_be_written_fails_the_job_with_its_uri(
 ) -> None:
     with pytest.raises(RepsepError, match="s3://no-such-bucket-here"):
         segment(workspace, asked(recipe, bucket, trained, target="s3://no-such-bucket-here/out"))
+
+
+def test_an_image_that_kills_its_worker_becomes_a_row_and_the_job_ends(
+    bucket: str, trained: Receipt, recipe: Recipe, workspace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault is staged: a decoder that dies on one image takes its whole process with it."""
+
+    def read_or_die(todo: Any, source: str, config: SegmentConfig) -> Any:
+        if any("code" in key for key in todo["key"].to_pylist()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return importlib.import_module("pipelines.segment")._read(todo, source, config)  # the worker's own
+
+    def one_or_die(row: dict[str, Any], *rest: Any) -> Any:
+        if "code" in row["key"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return importlib.import_module("pipelines.segment")._segment_one(row, *rest)
+
+    monkeypatch.setattr(segment_module, "_read", read_or_die)
+    monkeypatch.setattr(segment_module, "_segment_one", one_or_die)
+    receipt = run(workspace, asked(recipe, bucket, trained, runtime={"retries": 0, "batch_size": 3}))
+    assert receipt.results["rows"] == len(rows(bucket)) == 9
+    assert receipt.results["failures"] == {"decode": 2, "worker": 1}
+    (lost,) = [row for row in rows(bucket) if row["stage"] == "worker"]
+    assert lost["key"] == "a/ünïcode 100%+.JPG"

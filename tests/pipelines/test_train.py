@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from pipelines.config import Recipe
 from pipelines.dataset import open_dataset
 from pipelines.errors import RepsepError, UsageError
+from pipelines.prepare import prepare
 from pipelines.stage import Receipt
+from pipelines.storage import Folder
 from pipelines.train import train
 from repsep_model.checkpoint import load_segmentor
 from tests.processes import descendants
@@ -94,6 +96,23 @@ def test_a_loss_that_is_not_finite_stops_training_with_the_step(
     broken = changed(recipe, dataset=prepared.results["dataset"], lr=1e30, warmup_steps=0, clip=1e30, steps=6)
     with pytest.raises(RepsepError, match=r"at step \d+: lower the learning rate"):
         train(str(tmp_path), broken)
+
+
+def test_training_reads_and_writes_object_storage_from_the_aws_variables_alone(
+    s3: str, scenes: Path, recipe: Recipe, ray_cluster: None
+) -> None:
+    """Shards by s3fs, checkpoints by Ray through pyarrow, the model by s3fs again."""
+    workspace = f"s3://{s3}/workspace"
+    prepare(workspace, recipe.prepare)
+    runtime = recipe.train.runtime.model_copy(update={"workers": 1})
+    receipt = train(workspace, changed(recipe, steps=4, validate_every=2, runtime=runtime))
+    assert receipt.results["steps"] == 4
+    assert receipt.results["model"].startswith(workspace)
+    assert {e.key for e in Folder(receipt.results["model"]).list()} == {
+        "model.safetensors",
+        "segmentor.json",
+        "classes.json",
+    }
 
 
 def test_an_unknown_backbone_is_refused_before_a_cluster_is_asked_for(
