@@ -27,7 +27,8 @@ from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import RepsepError, UsageError
 from pipelines.progress import say
 from pipelines.stage import Receipt, StageRun, latest_receipt, run_stage
-from pipelines.train import LoopSettings, check_model, fit, trainer
+from pipelines.train import check_model, fit, trainer
+from pipelines.train_loop import LoopSettings
 from repsep_model.losses import term_names
 
 PACKAGES = ("pipelines", "repsep_model")

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import pipelines.segment as segment_module
-
 from pipelines.commits import Output
 from pipelines.config import Recipe, SegmentConfig
 from pipelines.errors import RepsepError, UsageError
