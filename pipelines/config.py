@@ -228,7 +228,7 @@ class SegmentConfig(Section):
     model_batch: int = Field(1, ge=1, description="images of one shape in a call of the model; 8 to 32 suit a GPU")
     pixel_budget: int = Field(4 * 1024 * 1024, ge=1024, description="images over this many pixels go by windows")
     max_pixels: int = Field(
-        512 * 1024 * 1024, ge=1024, description="images over this many pixels are refused, as failed rows"
+        178_956_970, ge=1024, description="images over this many pixels are refused, as failed rows"
     )
     max_failure_rate: float = Field(0.5, ge=0, le=1, description="stop when a larger share of the images fails")
     overwrite: bool = Field(False, description="replace an output that another model wrote")

@@ -14,7 +14,8 @@ from pipelines import tracking
 from pipelines.config import TrackingConfig
 from pipelines.errors import RepsepError, UsageError
 from pipelines.storage import Folder
-from repsep_model.checkpoint import CLASSES, SETTINGS, WEIGHTS, CheckpointError, load_segmentor
+from repsep_model.checkpoint import CLASSES, SETTINGS, WEIGHTS, load_segmentor
+from repsep_model.pretrained import CheckpointError
 from repsep_model.segmentor import Segmentor
 
 FILES = (WEIGHTS, SETTINGS, CLASSES)

@@ -202,6 +202,7 @@ def _save_pyfunc(path: Path, directory: Path) -> None:
     versions = package_versions()
     with warnings.catch_warnings():
         # MLflow asks for type hints and an input example, though the signature is given, and lifts any filter itself.
+        warnings.simplefilter("ignore", UserWarning)
         warnings.showwarning = lambda *_, **__: None
         _save(path, directory, versions)
 

@@ -40,7 +40,7 @@ class SegmentorConfig:
     """The second pathway that restores local detail."""
 
     local_discrepancy: bool = True
-    """The pathway's discrepancy term; False is the control with the same parameters."""
+    """The pathway's discrepancy term; False is the control with the same parameters, but for its depthwise kernels."""
 
     separation: Separation = "region"
     """How deep representations are separated: `none`, `local` or `region`."""

@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 
 UInt8 = NDArray[np.uint8]
 
-MAX_PIXELS = 512 * 1024 * 1024
-"""Larger images are refused: a decompression bomb is a few kilobytes that decode to gigabytes."""
+MAX_PIXELS = 178_956_970
+"""Larger images are refused, as Pillow does: a decompression bomb is a few kilobytes that decode to gigabytes."""
 
 
 class ImageError(ValueError):
@@ -54,10 +54,12 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8:
 def decode_mask(data: bytes) -> UInt8:
     """A single-channel 8-bit image -> (H, W) uint8 ids. Raises ImageError, also for colour masks."""
     with _open(data) as image:
-        if image.mode not in ("L", "P", "1"):
+        # Grey of 1, 2 or 4 bits: Pillow would scale it to 0..255, which are other ids.
+        packed = any(str(tile.args).startswith(("1", "L;", "('1", "('L;")) for tile in getattr(image, "tile", ()))
+        if image.mode not in ("L", "P") or (image.mode == "L" and packed):
             raise ImageError(f"a mask must have one 8-bit channel of class ids, this one is {image.mode}")
         try:
-            return np.array(image if image.mode != "1" else image.convert("L"))
+            return np.array(image)
         except Exception as error:
             raise ImageError(f"{image.format} cannot be decoded: {error}") from error
 

@@ -49,6 +49,8 @@ def segment_image(
 
     `overlap` is the share of a window that the next one covers again; `dtype` bfloat16 runs the model under autocast.
     """
+    if model.training:  # drop path would make every call another
+        raise ValueError("the model is in training mode; call model.eval(), or use model.for_inference()")
     height, width = image.shape[:2]
     if height * width <= pixel_budget:
         # An image from shared memory is read-only, a mirrored one has negative strides: torch takes neither.

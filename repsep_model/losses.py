@@ -57,6 +57,8 @@ class LossWeights:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"loss weight {name} must be 0 or more and finite, got {value}")
+        if not self.active():
+            raise ValueError("every loss weight is 0: there is nothing to train on")
 
     def active(self) -> dict[str, float]:
         """The terms that count, with their weights."""

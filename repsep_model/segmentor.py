@@ -14,6 +14,7 @@ Shapes: B batch, K classes, D width, E embedding, H x W pixels, h x w grid at st
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,10 @@ from repsep_model.config import SegmentorConfig
 from repsep_model.cross_attention import DiscriminativeCrossAttention
 from repsep_model.layers import ChannelNorm, resize
 from repsep_model.local_pathway import LocalPathway
+from repsep_model.pretrained import load_pretrained
 from repsep_model.separation import LocalSeparation, RegionSeparation
+
+logger = logging.getLogger(__name__)
 
 WIDE_BACKBONE = 768
 EMBEDDING = 64
@@ -192,9 +196,8 @@ def build_segmentor(config: SegmentorConfig, pretrained: bool | str | Path = Fal
     by_name = pretrained is True
     backbone = Backbone(config.backbone, pretrained=by_name, drop_path=config.drop_path, args=config.backbone_args)
     if not isinstance(pretrained, bool):
-        from repsep_model.checkpoint import load_pretrained
-
-        load_pretrained(backbone, Path(pretrained))
+        report = load_pretrained(backbone, Path(pretrained))
+        logger.log(logging.WARNING if report.missing else logging.INFO, "%s: %s", pretrained, report)
     mean, std = backbone.mean_std
     width = 256 if backbone.plain and backbone.channels[-1] >= WIDE_BACKBONE else 96
     defaults: dict[str, Any] = {"width": width, "mean": mean, "std": std}

@@ -22,6 +22,8 @@ class LocalSeparation(nn.Module):
 
     def __init__(self, width: int, context: int, *, size: int = 5, groups: int = 4) -> None:
         super().__init__()
+        if width % groups:
+            raise ValueError(f"local separation needs a width divisible by {groups}, got {width}")
         self.size, self.groups = size, groups
         self.kernel = nn.Conv2d(width, groups * size * size, 1)
         self.alpha = nn.Conv2d(width + context, 1, 1)

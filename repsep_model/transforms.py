@@ -60,15 +60,17 @@ def augment(
         labels = TF.resize(labels, size, InterpolationMode.NEAREST_EXACT)
     side = how.crop
     pixels, labels = pixels[:, top : top + side, left : left + side], labels[:, top : top + side, left : left + side]
+    flip = rng.random() < how.flip
+    pixels = _photometric(pixels, rng, how.photometric)
     below, right = side - pixels.shape[1], side - pixels.shape[2]
     if below or right:
         padded = torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1).repeat(1, side, side)
         padded[:, : side - below, : side - right] = pixels
         pixels = padded
         labels = TF.pad(labels, [0, 0, right, below], fill=[IGNORE_INDEX])
-    if rng.random() < how.flip:
+    if flip:
         pixels, labels = pixels.flip(2), labels.flip(2)
-    return _photometric(pixels, rng, how.photometric).contiguous(), labels[0].contiguous()
+    return pixels.contiguous(), labels[0].contiguous()
 
 
 def canvas(image: UInt8, multiple: int, fill: Sequence[int]) -> UInt8:

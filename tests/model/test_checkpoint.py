@@ -14,7 +14,8 @@ from torch import Tensor
 
 from repsep_model import SegmentorConfig, build_segmentor, load_segmentor, save_segmentor
 from repsep_model.backbone import Backbone
-from repsep_model.checkpoint import CheckpointError, load_classes, load_pretrained
+from repsep_model.checkpoint import CheckpointError, load_classes
+from repsep_model.pretrained import load_pretrained
 from tests.model.tiny import PVT, VIT, K, random_images, tiny_segmentor
 
 CLASSES: dict[str, Any] = {

@@ -41,6 +41,8 @@ class CellColours:
     What windows give must then equal what the whole image gives, exactly but for the order of sums.
     """
 
+    training = False
+
     def __init__(self, window: int) -> None:
         self.config = SimpleNamespace(stride=STRIDE, num_classes=3, window=window)
         self.multiple = 16

@@ -1,0 +1,416 @@
+"""Which model becomes champion, and that a registered one comes back as it was.
+
+Shapes: K classes.
+"""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow.pyfunc
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from pipelines import evaluate as evaluation_stage
+from pipelines.config import Recipe, RegisterConfig, TrackingConfig
+from pipelines.dataset import Dataset, open_dataset
+from pipelines.errors import RepsepError, UsageError
+from pipelines.evaluate import COUNTS, Counts, evaluate
+from pipelines.models import fetch_model, load_files
+from pipelines.prepare import prepare
+from pipelines.register import compare, paired_bootstrap, register
+from pipelines.stage import Receipt
+from pipelines.tracking import client_for, tracking_uri
+from repsep_model.checkpoint import save_segmentor
+from repsep_model.images import decode_image, decode_mask
+from repsep_model.inference import segment_image
+from tests.model.tiny import VIT, tiny_segmentor
+from tests.pipelines.layout import CLASSES, encoded, picture, write_source
+
+NAMES = [c["name"] for c in CLASSES]
+K = len(CLASSES)
+GATE = RegisterConfig(bootstrap=500)
+
+
+def counts_of(
+    right: list[float], *, images: int = 40, pixels: tuple[int, ...] = (4000, 3000, 2000), seed: int = 0
+) -> Counts:
+    """Counts of a model that finds this share of each class's pixels; what it misses it calls the next class.
+
+    The images differ in how many pixels they have and in how well they are segmented, the same for every model.
+    """
+    rng = np.random.default_rng(seed)
+    labelled = rng.poisson(np.array(pixels) / images, (images, K))
+    hardness = rng.normal(0, 0.03, (images, 1))
+    found = np.rint(labelled * np.clip(np.array(right) + hardness, 0, 1)).astype(np.int64)
+    missed = labelled - found
+    return {"intersection": found, "predicted": found + np.roll(missed, 1, axis=1), "labelled": labelled}
+
+
+# ---------------------------------------------------------------- the gate
+
+
+def test_a_clearly_better_model_wins() -> None:
+    decision = compare(counts_of([0.9, 0.9, 0.9]), counts_of([0.8, 0.8, 0.8]), NAMES, GATE)
+    assert decision.promoted
+    figures = decision.figures
+    assert 0 < figures["low"] < figures["difference"] < figures["high"]
+    assert figures["difference"] == pytest.approx(figures["miou"] - figures["champion_miou"])
+    assert decision.reason.startswith(f"mIoU +{figures['difference']:.4f} against the champion, 95 % interval [+")
+
+
+@pytest.mark.parametrize("right", [[0.8, 0.8, 0.8], [0.7, 0.7, 0.7]], ids=["equal", "worse"])
+def test_a_model_that_is_not_better_loses(right: list[float]) -> None:
+    decision = compare(counts_of(right), counts_of([0.8, 0.8, 0.8]), NAMES, GATE)
+    assert not decision.promoted
+    assert decision.reason.endswith("does not exclude zero")
+
+
+def test_a_model_that_is_better_on_a_few_images_only_has_not_shown_it() -> None:
+    champion, challenger = counts_of([0.8, 0.8, 0.8]), counts_of([0.8, 0.8, 0.8])
+    lucky = counts_of([0.95, 0.95, 0.95])
+    for name in COUNTS:
+        challenger[name][:2] = lucky[name][:2]
+    decision = compare(challenger, champion, NAMES, GATE)
+    assert decision.figures["difference"] > 0
+    assert not decision.promoted
+
+
+def test_a_better_model_that_loses_one_large_class_is_kept_back_and_the_class_named() -> None:
+    decision = compare(counts_of([0.95, 0.95, 0.7]), counts_of([0.8, 0.8, 0.8]), NAMES, GATE)
+    assert decision.figures["low"] > 0
+    assert not decision.promoted
+    assert decision.reason.startswith("class tree loses 0.")
+    assert decision.reason.endswith("more than 0.02")
+
+
+def test_a_loss_within_the_limit_is_allowed() -> None:
+    ours, theirs = counts_of([0.95, 0.95, 0.7]), counts_of([0.8, 0.8, 0.8])
+    assert compare(ours, theirs, NAMES, GATE.model_copy(update={"max_class_drop": 0.3})).promoted
+
+
+@pytest.mark.parametrize(("tree_pixels", "promoted"), [(990, True), (1000, False)])
+def test_a_class_of_few_pixels_may_lose(tree_pixels: int, promoted: bool) -> None:
+    ours, theirs = (counts_of(right, pixels=(4000, 3000, 0)) for right in ([0.95, 0.95, 0.5], [0.8, 0.8, 0.8]))
+    for counts, right in ((ours, 0.7), (theirs, 0.8)):
+        counts["labelled"][:10, 2] = tree_pixels // 10
+        counts["intersection"][:10, 2] = right * tree_pixels // 10
+        counts["predicted"][:10, 2] += int(right * tree_pixels // 10)
+    assert compare(ours, theirs, NAMES, GATE).promoted == promoted
+
+
+def test_a_class_that_never_occurs_takes_no_part() -> None:
+    ours, theirs = (counts_of(right, pixels=(4000, 3000, 0)) for right in ([0.9, 0.95, 0], [0.8, 0.8, 0]))
+    for counts in (ours, theirs):
+        counts["predicted"][:, 2] = 0
+    assert compare(ours, theirs, NAMES, GATE).promoted
+
+
+def brute_force_bootstrap(ours: Counts, theirs: Counts, resamples: int) -> tuple[float, float]:
+    rng = np.random.default_rng(123)
+    images = len(ours["labelled"])
+
+    def miou(counts: Counts, chosen: list[int]) -> float:
+        ious = []
+        for k in range(K):
+            right, predicted, labelled = (sum(int(counts[name][i][k]) for i in chosen) for name in COUNTS)
+            if predicted + labelled - right:
+                ious.append(right / (predicted + labelled - right))
+        return sum(ious) / len(ious)
+
+    differences = []
+    for _ in range(resamples):
+        chosen = rng.integers(0, images, images).tolist()
+        differences.append(miou(ours, chosen) - miou(theirs, chosen))
+    low, high = np.percentile(differences, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def test_the_interval_is_that_of_a_bootstrap_in_plain_loops() -> None:
+    ours, theirs = counts_of([0.86, 0.8, 0.8], images=25, seed=1), counts_of([0.8, 0.8, 0.8], images=25, seed=1)
+    noise = np.random.default_rng(2).integers(0, 12, ours["intersection"].shape)
+    ours["intersection"] = np.maximum(ours["intersection"] - noise, 0)
+    found = paired_bootstrap(ours, theirs, 4000)
+    expected = brute_force_bootstrap(ours, theirs, 1500)
+    width = expected[1] - expected[0]
+    assert width > 0.005
+    assert found == pytest.approx(expected, abs=0.1 * width)
+
+
+def test_the_interval_is_the_same_every_time_and_zero_wide_for_equal_models() -> None:
+    ours, theirs = counts_of([0.9, 0.7, 0.8]), counts_of([0.8, 0.8, 0.8])
+    assert paired_bootstrap(ours, theirs, 300) == paired_bootstrap(ours, theirs, 300)
+    assert paired_bootstrap(ours, theirs, 300) != paired_bootstrap(ours, theirs, 300, seed=1)
+    assert paired_bootstrap(ours, ours, 300) == (0.0, 0.0)
+
+
+# ---------------------------------------------------------------- the registry
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables: creating them takes seconds, so tests copy them."""
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    client_for(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    source = write_source(tmp_path_factory.mktemp("source"), ["train/0", "val/0", "val/1", "val/2"])
+    workspace = str(tmp_path_factory.mktemp("prepared"))
+    return open_dataset(
+        prepare(workspace, Recipe().prepare.model_copy(update={"source": str(source)})).results["dataset"]
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three segmentors that differ in their weights, and one that knows other classes."""
+    root = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("first", "worse", "better", "foreign")):
+        classes = [c | {"name": c["name"].upper() if name == "foreign" else c["name"]} for c in CLASSES]
+        model = tiny_segmentor(VIT, num_classes=K, seed=seed)
+        save_segmentor(model, root / name, classes={"name": "drawn", "ignore_index": 255, "classes": classes})
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, empty_database: Path, dataset: Dataset) -> Recipe:
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return Recipe.model_validate(
+        {
+            "workspace": str(tmp_path / "work"),
+            "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
+            "evaluate": {"dataset": dataset.folder.uri, "overlays": 0},
+            "register": {"name": "streets", "bootstrap": 200},
+        }
+    )
+
+
+@pytest.fixture
+def judged(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """In place of a real evaluation: counts that are known for each model. Which models were judged, in order."""
+    known = {"first": [0.8, 0.8, 0.8], "worse": [0.7, 0.7, 0.7], "better": [0.95, 0.95, 0.95], "foreign": [1.0] * 3}
+    seen: list[str] = []
+
+    def count(run: object, config: object, dataset: Dataset, model: Any) -> tuple[list[str], Counts]:
+        for name, path in models.items():
+            if (path / "model.safetensors").read_bytes() == (model.directory / "model.safetensors").read_bytes():
+                seen.append(name)
+                return [f"{i}.jpg" for i in range(40)], counts_of(known[name])
+        pytest.fail("an unknown model was judged")
+
+    monkeypatch.setattr(evaluation_stage, "_count_split", count)
+    monkeypatch.setattr(evaluation_stage, "_check_classes", lambda *_: None)
+    return seen
+
+
+@pytest.fixture
+def evaluated(recipe: Recipe, models: dict[str, Path], judged: list[str]) -> Callable[[str], Receipt]:
+    def run(name: str) -> Receipt:
+        config = recipe.evaluate.model_copy(update={"model": str(models[name])})
+        return evaluate(str(recipe.workspace), recipe, config)
+
+    return run
+
+
+@pytest.fixture
+def registered(recipe: Recipe, evaluated: Callable[[str], Receipt]) -> Callable[[str], Receipt]:
+    """Evaluates and registers a model."""
+
+    def run(name: str) -> Receipt:
+        evaluated(name)
+        return register(str(recipe.workspace), recipe)
+
+    return run
+
+
+@pytest.fixture
+def client(recipe: Recipe) -> MlflowClient:
+    return client_for(tracking_uri(recipe.tracking))
+
+
+def digest(uri: str, recipe: Recipe) -> str:
+    with fetch_model(uri, recipe.tracking) as model:
+        return model.digest
+
+
+def test_the_first_model_is_champion_and_registering_it_again_does_nothing(
+    registered: Callable[[str], Receipt], recipe: Recipe, client: MlflowClient, models: dict[str, Path]
+) -> None:
+    receipt = registered("first")
+    assert (receipt.results["alias"], receipt.results["reason"]) == ("champion", "first")
+    assert (receipt.results["model"], receipt.results["version"]) == ("models:/streets@champion", "1")
+    champion = client.get_model_version_by_alias("streets", "champion")
+    assert champion.tags["repsep.reason"] == "first"
+    assert champion.tags["repsep.model_digest"] == digest(str(models["first"]), recipe)
+    again = register(str(recipe.workspace), recipe)
+    assert again.cached
+    assert again == receipt
+    assert len(client.search_model_versions("name = 'streets'")) == 1
+
+
+def test_a_registered_model_comes_back_as_it_was(
+    registered: Callable[[str], Receipt], recipe: Recipe, models: dict[str, Path]
+) -> None:
+    registered("first")
+    for uri in ("models:/streets@champion", "models:/streets/1"):
+        with fetch_model(uri, recipe.tracking) as model:
+            assert model.digest == digest(str(models["first"]), recipe)
+            assert model.version == "streets/1", "an alias is resolved once"
+            for file, data in model.files().items():
+                assert data == (models["first"] / file).read_bytes()
+
+
+def test_a_worse_second_model_becomes_challenger_and_the_champion_stays(
+    registered: Callable[[str], Receipt], recipe: Recipe, client: MlflowClient, judged: list[str]
+) -> None:
+    registered("first")
+    receipt = registered("worse")
+    assert (receipt.results["version"], receipt.results["alias"]) == ("2", "challenger")
+    assert "does not exclude zero" in receipt.results["reason"]
+    assert client.get_model_version_by_alias("streets", "champion").version == "1"
+    challenger = client.get_model_version_by_alias("streets", "challenger")
+    assert challenger.version == "2"
+    assert challenger.tags["repsep.reason"] == receipt.results["reason"]
+    assert challenger.tags["repsep.replaced"] == "1"
+    assert register(str(recipe.workspace), recipe).cached
+    assert judged == ["first", "worse"], "the champion's counts are known: it is not judged again"
+
+
+def test_a_better_second_model_becomes_champion(
+    registered: Callable[[str], Receipt], recipe: Recipe, client: MlflowClient, models: dict[str, Path]
+) -> None:
+    registered("first")
+    receipt = registered("better")
+    assert (receipt.results["version"], receipt.results["alias"]) == ("2", "champion")
+    assert receipt.results["figures"]["low"] > 0
+    assert client.get_model_version_by_alias("streets", "champion").version == "2"
+    assert client.get_model_version("streets", "1").aliases == []
+    assert digest("models:/streets@champion", recipe) == digest(str(models["better"]), recipe)
+    assert register(str(recipe.workspace), recipe) == receipt, "it must not be compared with itself"
+    assert len(client.search_model_versions("name = 'streets'")) == 2
+
+
+def test_a_model_that_lost_is_judged_again_when_the_champion_has_changed(
+    registered: Callable[[str], Receipt], client: MlflowClient
+) -> None:
+    for name in ("first", "worse", "better"):
+        registered(name)
+    client.set_registered_model_alias("streets", "champion", "2")  # somebody went back to the worse one
+    assert registered("better").results["alias"] == "champion"
+
+
+def test_a_model_with_other_classes_than_the_champions_is_refused(
+    registered: Callable[[str], Receipt], client: MlflowClient
+) -> None:
+    registered("first")
+    with pytest.raises(UsageError) as caught:
+        registered("foreign")
+    said = str(caught.value)
+    assert (
+        "the champion models:/streets/1 has other classes (sky, road, tree) than this model (SKY, ROAD, TREE)" in said
+    )
+    assert "--set register.name=" in said
+    assert client.get_model_version_by_alias("streets", "champion").version == "1"
+
+
+def test_a_registry_that_does_not_answer_crowns_nobody(
+    registered: Callable[[str], Receipt], client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered("first")
+
+    def down(*_: object) -> None:
+        raise MlflowException("the database is locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "get_model_version_by_alias", down)
+        with pytest.raises(RepsepError, match=r"MLflow at sqlite:.* cannot be used: the database is locked"):
+            registered("worse")
+    assert client.get_model_version_by_alias("streets", "champion").version == "1"
+    assert len(client.search_model_versions("name = 'streets'")) == 1
+
+
+def test_the_registered_model_answers_as_a_service_does(
+    registered: Callable[[str], Receipt], recipe: Recipe, client: MlflowClient
+) -> None:
+    registered("first")
+    version = client.get_model_version_by_alias("streets", "champion")
+    photo = encoded(picture(0, 40, 60))
+    with pytest.warns(UserWarning, match="type hints"):
+        served = mlflow.pyfunc.load_model(version.source)
+    (answer,) = served.predict(pd.DataFrame({"image": [photo]}))
+    with fetch_model("models:/streets@champion", recipe.tracking) as model:
+        expected = segment_image(load_files(model.files()), decode_image(photo))
+    assert np.array_equal(decode_mask(base64.b64decode(answer["mask"])), expected.labels)
+    assert (answer["height"], answer["width"]) == (40, 60)
+    assert answer["confidence"] == pytest.approx(float(expected.confidence.mean()))
+
+
+# ---------------------------------------------------------------- asking for a model
+
+
+@pytest.mark.parametrize("uri", ["models:/streets@nobody", "models:/streets/9", "models:/roads@champion"])
+def test_a_model_that_is_not_registered_is_answered_with_those_that_are(
+    registered: Callable[[str], Receipt], recipe: Recipe, uri: str
+) -> None:
+    registered("first")
+    with pytest.raises(RepsepError) as caught, fetch_model(uri, recipe.tracking):
+        pytest.fail("it was fetched")
+    said = str(caught.value)
+    assert said.startswith(f"{uri} is not in the registry at sqlite:///")
+    assert "registered are: streets" in said
+
+
+def test_an_empty_registry_says_what_to_run(recipe: Recipe) -> None:
+    with (
+        pytest.raises(RepsepError, match=r"nothing is registered there yet\. Run `repsep register`"),
+        fetch_model("models:/streets@champion", recipe.tracking),
+    ):
+        pytest.fail("it was fetched")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "models:",
+        "models:/",
+        "models:/streets",
+        "models:/streets@",
+        "models:/streets/latest",
+        "models:/a/b@c",
+        "models:a/1",
+    ],
+)
+def test_a_model_uri_that_cannot_be_understood_is_told_the_forms(recipe: Recipe, uri: str) -> None:
+    with pytest.raises(UsageError) as caught, fetch_model(uri, recipe.tracking):
+        pytest.fail("it was fetched")
+    assert str(caught.value) == f"{uri}: write models:/name@alias or models:/name/version"
+
+
+@pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "./mlruns", "mlruns", "/data/mlruns", "s3://bucket/mlruns"])
+def test_a_file_store_is_refused(uri: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        tracking_uri(TrackingConfig(uri=uri))
+    assert f"tracking.uri {uri!r}: MLflow's file store is not supported; use sqlite:///" in str(caught.value)
+
+
+def test_the_tracking_uri_is_the_recipes_then_the_environments_then_sqlite_at_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REPSEP_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri(TrackingConfig()) == f"sqlite:///{tmp_path}/home/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    assert tracking_uri(TrackingConfig()) == "http://tracking:5000"
+    assert tracking_uri(TrackingConfig(uri="sqlite:///runs/mlflow.db")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert (tmp_path / "runs").is_dir(), "sqlite makes no folder by itself"
