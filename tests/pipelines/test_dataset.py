@@ -17,7 +17,7 @@ from pipelines.dataset import SHUFFLE_GROUPS, Dataset, SampleOrder, Split, Train
 from pipelines.errors import RepsepError, UsageError
 from pipelines.prepare import prepare
 from pipelines.storage import Folder
-from repsep_model.transforms import Augmentation
+from repsep_model.transforms import Augmentation, sample_rng
 from tests.pipelines.layout import write_source
 
 # Row groups of all kinds: alike, uneven, fewer and more than are mixed with each other.
@@ -196,6 +196,16 @@ def test_a_second_epoch_shows_the_same_images_in_other_crops(dataset: Dataset) -
     source.close()
     assert all(len(crops) == 2 for crops in by_row.values())
     assert not any(torch.equal(*crops) for crops in by_row.values())
+
+
+def test_every_sample_draws_from_random_numbers_of_its_own(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr("pipelines.dataset.sample_rng", lambda *key: drawn.append(key) or sample_rng(*key))
+    source = loader(dataset.split("train"))
+    for position in range(60):
+        source.sample(position)
+    source.close()
+    assert drawn == [(3, position // 24, position % 24) for position in range(60)]
 
 
 # ---------------------------------------------------------------- shares
