@@ -27,7 +27,7 @@ from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import RepsepError, UsageError
 from pipelines.progress import say
 from pipelines.stage import Receipt, StageRun, latest_receipt, run_stage
-from pipelines.train import check_model, fit, trainer
+from pipelines.train import check_batch, check_model, fit, trainer
 from pipelines.train_loop import LoopSettings
 from repsep_model.losses import term_names
 
@@ -57,6 +57,7 @@ class Trial:
 def sweep(workspace: str, recipe: Recipe) -> Receipt:
     """Run the stage: a table, a plot of which weights matter, and `best.yaml`, which `repsep train` takes unchanged."""
     config = recipe.sweep or SweepConfig()
+    check_batch(recipe.train, config.runtime.workers_per_trial, "sweep.runtime.workers_per_trial")
     dataset = open_dataset(config.dataset or latest_receipt(workspace, "prepare").results["dataset"])
     unknown = sorted(set(config.search.loss) - set(term_names()))
     if unknown:

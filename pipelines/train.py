@@ -25,6 +25,7 @@ PACKAGES = ("pipelines", "repsep_model")
 def train(workspace: str, recipe: Recipe) -> Receipt:
     """Run the stage: `<train>/model/` becomes the moving average with the best in-loop mIoU (the earliest on ties)."""
     config = recipe.train
+    check_batch(config, config.runtime.workers, "train.runtime.workers")
     dataset = open_dataset(config.dataset or latest_receipt(workspace, "prepare").results["dataset"])
     check_model(config.model, dataset.num_classes)
     return run_stage(
@@ -37,6 +38,14 @@ def train(workspace: str, recipe: Recipe) -> Receipt:
         begin=lambda: {"mlflow_run": tracking.start_run(recipe.tracking, "train", tags={"repsep.stage": "train"})},
         body=lambda run: _fit(run, recipe, dataset),
     )
+
+
+def check_batch(config: TrainConfig, workers: int, key: str) -> None:
+    """A worker without an image would wait for the others for ever: UsageError."""
+    if config.batch_size < workers:
+        raise UsageError(
+            f"train.batch_size={config.batch_size} is less than {key}={workers}: each worker needs an image in every step"
+        )
 
 
 def check_model(model: ModelConfig, num_classes: int) -> None:

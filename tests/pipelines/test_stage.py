@@ -328,10 +328,13 @@ def test_a_run_that_was_taken_over_leaves_the_new_lease_alone(
     threads: list[Any] = []
 
     def sleeps_too_long(attempt: StageRun) -> None:
-        attempt.folder.write(LEASE, holder())
         (renewing,) = [t for t in stage.threading.enumerate() if t.name == "lease-prepare"]
-        renewing.join(10)
         threads.append(renewing)
+        deadline = time.monotonic() + 10
+        while renewing.is_alive():
+            assert time.monotonic() < deadline, "it goes on renewing what is no longer its own"
+            attempt.folder.write(LEASE, holder())  # again, if it was overwritten between a look and a write
+            renewing.join(0.01)
 
     folder = run(Body(sleeps_too_long), lease=True).folder
     assert not threads[0].is_alive()

@@ -10,9 +10,23 @@ import pytest
 import yaml
 
 from pipelines.config import ModelConfig, Recipe, SearchSpace, SweepConfig, TrainConfig, load_recipe
+from pipelines.errors import UsageError
 from pipelines.stage import Receipt, StageRun
 from pipelines.storage import Folder
-from pipelines.sweep import BEST, PLOT, TABLE, Point, Trial, _write_results, best_train, log_uniform, points, table_text
+from pipelines.sweep import (
+    BEST,
+    PLOT,
+    TABLE,
+    Point,
+    Trial,
+    _write_results,
+    best_train,
+    log_uniform,
+    points,
+    sweep,
+    table_text,
+)
+from pipelines.train import train
 
 BASE = TrainConfig.model_validate(
     {
@@ -94,6 +108,24 @@ def test_a_draw_has_four_digits_and_both_limits_are_possible() -> None:
     draws = [log_uniform(rng, (0.02, 0.5)) for _ in range(100)]
     assert all(value == float(f"{value:.4g}") for value in draws)
     assert log_uniform(rng, (0.3, 0.3)) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("stage", "section", "key"),
+    [
+        (train, {"train": {"batch_size": 2, "runtime": {"workers": 3}}}, "train.runtime.workers"),
+        (
+            sweep,
+            {"train": {"batch_size": 2}, "sweep": {"runtime": {"workers_per_trial": 3}}},
+            "sweep.runtime.workers_per_trial",
+        ),
+    ],
+)
+def test_a_worker_without_an_image_is_refused_before_it_waits_for_ever(
+    tmp_path: Path, stage: Any, section: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(UsageError, match=f"train.batch_size=2 is less than {key}=3"):
+        stage(str(tmp_path), Recipe.model_validate(section))
 
 
 # ---------------------------------------------------------------- what is handed over
