@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DATA ?=
-SWEEP ?= sweep
+SWEEP ?=
 
 # Two processes on two cores with OpenMP's spinning threads run ten times slower than without.
 export OMP_WAIT_POLICY ?= passive
@@ -40,7 +40,7 @@ slow: setup ## the tests that take minutes
 	$(BIN)/pytest -m slow
 
 sweep: setup ## search loss weights and backbones; SWEEP=<recipe> for your own
-	$(BIN)/repsep sweep --config $(SWEEP)
+	$(BIN)/repsep sweep $(if $(SWEEP),--config "$(SWEEP)")
 
 clean: ## remove what demo and tests left (not .venv)
 	rm -rf .repsep .pytest_cache .mypy_cache .ruff_cache

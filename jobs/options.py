@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pipelines.config import Recipe
     from pipelines.stage import Receipt
 
+EXIT_FAILED_IMAGES = 3
+
 config_option = click.option(
     "--config", "-c", help="Recipe: a YAML file, or the name of one that comes with repsep (demo)."
 )
@@ -46,6 +48,21 @@ def read_recipe(config: str | None, settings: tuple[str, ...]) -> tuple[Recipe, 
     workspace = workspace_of(recipe)
     say(f"workspace: {workspace}")
     return recipe, workspace
+
+
+def prepare_if_none(workspace: str, recipe: Recipe) -> None:
+    """Prepare the recipe's dataset where the workspace has none yet."""
+    from pipelines.errors import RepsepError
+    from pipelines.prepare import prepare
+    from pipelines.progress import say
+    from pipelines.stage import latest_receipt
+    from pipelines.workflow import describe
+
+    try:
+        latest_receipt(workspace, "prepare")
+    except RepsepError:
+        for line in describe(prepare(workspace, recipe.prepare)):
+            say(line)
 
 
 def show(receipt: Receipt, as_json: bool) -> None:

@@ -8,9 +8,16 @@ from typing import Any
 
 import click
 
-from jobs.options import config_option, debug_option, json_option, main, read_recipe, set_option, show
-
-EXIT_FAILED_IMAGES = 3
+from jobs.options import (
+    EXIT_FAILED_IMAGES,
+    config_option,
+    debug_option,
+    json_option,
+    main,
+    read_recipe,
+    set_option,
+    show,
+)
 
 
 @click.command("segment")
@@ -57,7 +64,11 @@ def command(
     from pipelines.segment import Plan, segment
 
     flags |= {"source": source, "target": target}
-    given = [f"segment.{name}={json.dumps(value)}" for name, value in flags.items() if value not in (None, False)]
+    given = [
+        f"segment.{name}={json.dumps(value)}"
+        for name, value in flags.items()
+        if value is not None and value is not False
+    ]
     recipe, workspace = read_recipe(config, (*settings, *given))
     found = segment(workspace, recipe, dry_run=dry_run)
     if isinstance(found, Plan):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import click
 
-from jobs.options import main, read_recipe, recipe_options, show
+from jobs.options import main, prepare_if_none, read_recipe, recipe_options, show
 
 
 @click.command("sweep")
@@ -13,15 +13,14 @@ from jobs.options import main, read_recipe, recipe_options, show
 def command(config: str | None, settings: tuple[str, ...], as_json: bool) -> None:
     """Search separation-loss weights and backbones with Ray Tune.
 
-    Ends with a table, a plot and best.yaml, which `repsep train --config best.yaml` takes unchanged. Without a config
-    it searches on the generated demo data.
+    Ends with a table, a plot and best.yaml, which `repsep train --config best.yaml` takes unchanged. Where the
+    workspace has no prepared dataset, it prepares the recipe's; without a config that is the generated demo data.
     """
-    from pipelines.prepare import prepare
     from pipelines.sweep import sweep
 
     recipe, workspace = read_recipe(config or "sweep", settings)
     if recipe.sweep is None or recipe.sweep.dataset is None:
-        show(prepare(workspace, recipe.prepare), as_json=False)
+        prepare_if_none(workspace, recipe)
     show(sweep(workspace, recipe), as_json)
 
 

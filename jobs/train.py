@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import click
 
-from jobs.options import main, read_recipe, recipe_options, show
+from jobs.options import main, prepare_if_none, read_recipe, recipe_options, show
 
 
 @click.command("train")
@@ -16,12 +16,11 @@ def command(config: str | None, settings: tuple[str, ...], as_json: bool) -> Non
     Run again after any interruption, it goes on from the last checkpoint. Without a config it trains on generated
     demo data. Against a cluster: ray job submit --working-dir . -- python jobs/train.py --config RECIPE
     """
-    from pipelines.prepare import prepare
     from pipelines.train import train
 
     recipe, workspace = read_recipe(config or "demo", settings)
     if config is None and recipe.train.dataset is None:
-        show(prepare(workspace, recipe.prepare), as_json=False)
+        prepare_if_none(workspace, recipe)
     show(train(workspace, recipe), as_json)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import click
 
-from jobs.options import main, read_recipe, recipe_options, show
+from jobs.options import EXIT_FAILED_IMAGES, main, read_recipe, recipe_options, show
 
 
 @click.command("workflow")
@@ -13,13 +13,18 @@ from jobs.options import main, read_recipe, recipe_options, show
 def command(config: str | None, settings: tuple[str, ...], as_json: bool) -> None:
     """Run prepare, (sweep,) train, evaluate, register, (segment,) report.
 
-    A stage that is done says "cached". After an interruption, run it again.
+    A stage that is done says "cached". After an interruption, run it again. --json prints a line for each stage; exit
+    code 3 means that some images could not be segmented.
     """
     from pipelines.workflow import run_workflow
 
     recipe, _ = read_recipe(config or "demo", settings)
+    failed_images = 0
     for receipt in run_workflow(recipe):
         show(receipt, as_json)
+        failed_images += receipt.results.get("failed_rows", 0)
+    if failed_images:
+        raise click.exceptions.Exit(EXIT_FAILED_IMAGES)
 
 
 if __name__ == "__main__":

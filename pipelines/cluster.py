@@ -41,6 +41,16 @@ def has_gpu() -> bool:
     return bool(ray.cluster_resources().get("GPU", 0))
 
 
+def require(cpus: float, key: str) -> None:
+    """Work that can never be placed would wait for ever: say so, and on one machine of ours raise UsageError."""
+    there = ray.cluster_resources().get("CPU", 0)
+    if cpus > there:
+        message = f"{key} asks for {cpus:g} CPUs at once, the cluster has {there:g}"
+        if len(nodes()) == 1:
+            raise UsageError(f"{message}; ask for less, or connect to a larger cluster with RAY_ADDRESS")
+        say(f"{message}: waiting until it has grown")
+
+
 def refuse_local(uri: str, what: str) -> None:
     """On more than one node a local path means another folder on each: raise UsageError."""
     if is_local(uri) and len(nodes()) > 1:

@@ -20,9 +20,10 @@ import posixpath
 import re
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,6 +36,7 @@ MASKS, CONFIDENCE, RESULTS, COMMITS, MANIFESTS = "masks", "confidence", "results
 OK, FAILED = "ok", "failed"
 KEY_BYTES, COMPONENT_BYTES = 1024, 255
 ATTEMPTS = 20
+READ_THREADS = 16
 
 ROW_SCHEMA = pa.schema(
     [
@@ -88,19 +90,37 @@ class Output:
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
 
-    def claim(self, settings: Mapping[str, Any], classes: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Make this output that of one model and its settings. Raises UsageError if it is another's."""
-        data = json.dumps(settings, indent=1, sort_keys=True).encode()
-        if overwrite and self.folder.read_if_present(RUN) not in (None, data):
-            self._clear()
-        if not self.folder.create(RUN, data):
-            found = json.loads(self.folder.read(RUN))
-            different = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
-            if different:
-                said = ", ".join(f"{k} {found.get(k)!r} instead of {settings.get(k)!r}" for k in different)
+    def check(self, settings: Mapping[str, Any], *, overwrite: bool) -> Literal["free", "ours", "replace"]:
+        """Whether nobody has this output, it is ours, or `overwrite` has to clear it first. Writes nothing.
+
+        Raises UsageError if it is another model's, or holds what no run of ours wrote.
+        """
+        data = self.folder.read_if_present(RUN)
+        if data is None:
+            foreign = [name for name in (MASKS, RESULTS) if any(True for _ in self._listed(f"{name}/"))]
+            if foreign or self.folder.size_of(CLASSES) is not None:
+                if self.folder.read_if_present(RUN) is not None:  # another job has just claimed it
+                    return self.check(settings, overwrite=overwrite)
+                what = foreign[0] if foreign else CLASSES
                 raise UsageError(
-                    f"{self.folder.uri} was written with {said}; use a new prefix, or --overwrite to replace it"
+                    f"{self.folder.uri} holds {what} but no {RUN}: it is not an output of repsep; use an empty prefix"
                 )
+            return "free"
+        found = json.loads(data)
+        different = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
+        if different and not overwrite:
+            said = ", ".join(f"{k} {found.get(k)!r} instead of {settings.get(k)!r}" for k in different)
+            raise UsageError(
+                f"{self.folder.uri} was written with {said}; use a new prefix, or --overwrite to replace it"
+            )
+        return "replace" if different else "ours"
+
+    def claim(self, settings: Mapping[str, Any], classes: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Make this output that of one model, its settings and one source; raises as `check` does."""
+        if self.check(settings, overwrite=overwrite) == "replace":
+            self._clear()
+        if not self.folder.create(RUN, json.dumps(settings, indent=1, sort_keys=True).encode()):
+            self.check(settings, overwrite=False)
         self.folder.write(CLASSES, json.dumps(classes, indent=1, ensure_ascii=False).encode())
 
     def committed(self) -> dict[str, Committed]:
@@ -169,7 +189,11 @@ class Output:
         )
 
     def _read(self, keys: Iterable[str], columns: list[str] | None) -> pa.Table:
-        tables = [pq.read_table(io.BytesIO(self.folder.read(key)), columns=columns) for key in keys]
+        def read(key: str) -> pa.Table:
+            return pq.read_table(io.BytesIO(self.folder.read(key)), columns=columns)
+
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            tables = list(pool.map(read, keys))
         fields = ROW_SCHEMA if columns is None else pa.schema([ROW_SCHEMA.field(c) for c in columns])
         return pa.concat_tables(tables) if tables else fields.empty_table()
 
@@ -185,12 +209,14 @@ class Output:
             self.folder.delete(key)
 
     def _keys(self, prefix: str) -> list[str]:
+        return list(self._listed(prefix))
+
+    def _listed(self, prefix: str) -> Iterator[str]:
         try:
-            return [entry.key for entry in self.folder.list(prefix)]
+            yield from (entry.key for entry in self.folder.list(prefix))
         except StorageError as error:
-            if self.folder.local and isinstance(error.__cause__, FileNotFoundError):
-                return []  # a dry run before the first run
-            raise
+            if not (self.folder.local and isinstance(error.__cause__, FileNotFoundError)):
+                raise  # else a dry run before the first run
 
     def _clear(self) -> None:
         for prefix in (MASKS, CONFIDENCE, RESULTS, COMMITS):

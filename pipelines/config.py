@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipelines.errors import UsageError
+from pipelines.storage import Folder
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -181,6 +182,12 @@ class SweepConfig(Section):
     seed: int = Field(0, ge=0, description="of the points that are tried")
     runtime: SweepRuntime = Field(default_factory=SweepRuntime)
 
+    @model_validator(mode="after")
+    def _validates_within_a_trial(self) -> SweepConfig:
+        if self.validate_every > self.steps:
+            raise ValueError(f"validate_every={self.validate_every} is over steps={self.steps}: no trial would report")
+        return self
+
 
 class EvaluateConfig(Section):
     """Per-class results of a model on a dataset's split."""
@@ -264,16 +271,21 @@ class Recipe(Section):
 def load_recipe(path: str | Path | None, settings: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `section.key=value` settings (values are YAML). Raises UsageError naming the key.
 
-    A bare name such as `demo` is one of the recipes that come with the package.
+    The path may be a URI; a bare name such as `demo` is one of the recipes that come with the package.
     """
     values: dict[str, Any] = {}
     where = "defaults"
     if path is not None:
-        file = Path(path)
-        if not file.is_file() and file.name == str(path) and not file.suffix:
-            file = RECIPES / f"{path}.yaml"
-        where = str(file)
-        values = _read_yaml(file)
+        where = str(path)
+        if "://" in where:
+            folder, _, name = where.rpartition("/")
+            values = _parse_yaml(Folder(folder).read(name), where)
+        else:
+            file = Path(path)
+            if not file.is_file() and file.name == where and not file.suffix:
+                file = RECIPES / f"{path}.yaml"
+                where = str(file)
+            values = _parse_yaml(_read_file(file), where)
     for setting in settings:
         _apply(values, setting)
     try:
@@ -282,20 +294,25 @@ def load_recipe(path: str | Path | None, settings: Sequence[str] = ()) -> Recipe
         raise UsageError("\n".join(f"{where}: {line}" for line in _explain(error))) from error
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _read_file(file: Path) -> bytes:
     try:
-        values = yaml.safe_load(file.read_bytes())
+        return file.read_bytes()
     except FileNotFoundError as error:
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise UsageError(f"there is no recipe {file}; give a path, or one that comes with repsep: {known}") from error
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error}") from error
+
+
+def _parse_yaml(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(content)
     except yaml.YAMLError as error:
-        raise UsageError(f"{file} is not valid YAML: {error}") from error
+        raise UsageError(f"{where} is not valid YAML: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UsageError(f"{file} must hold sections such as `train:`, it holds a {type(values).__name__}")
+        raise UsageError(f"{where} must hold sections such as `train:`, it holds a {type(values).__name__}")
     return values
 
 
@@ -322,6 +339,8 @@ def _explain(error: ValidationError) -> list[str]:
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             lines.append(f"{key}: there is no such key{_near(problem['loc'])}")
+        elif problem["type"] == "value_error":  # of a validator of ours, which says it all
+            lines.append(f"{key}: {problem['ctx']['error']}")
         else:
             lines.append(f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})")
     return lines

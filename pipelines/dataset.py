@@ -135,7 +135,10 @@ class Split:
             chosen = [in_share(group_of(k, self.group_pattern), share, seed) == inside for k in below]
             part.rows[number] = np.flatnonzero(chosen)
         if len(part) == 0:
-            raise UsageError(f"a holdout of {share} leaves no image on one side; give another share or more images")
+            raise UsageError(
+                f"a holdout of {share} leaves no image on one side: the images form too few groups "
+                "(a group is a folder, or what prepare.group_pattern finds in the key); give another share or pattern"
+            )
         return part
 
     def at(self, group: int, row: int) -> dict[str, Any]:

@@ -7,6 +7,8 @@ the start, so that a second demo finds what the first one left.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import socket
 import subprocess
@@ -51,21 +53,20 @@ def run_demo(data: str | None, folder: str, settings: tuple[str, ...]) -> Iterat
     environment = {"REPSEP_HOME": str(home), "RAY_ADDRESS": "local", "MLFLOW_TRACKING_URI": ""}
     bucket_folder = home / "s3" / BUCKET
     with _environment(environment), loopback_s3(home / "s3"):
-        name = Path(data).resolve().name if data is not None else "scenes"
-        source = Path(data).absolute() if data is not None else _scenes(home)
-        bulk = source / "unlabelled" if (source / "unlabelled").is_dir() else source / "images" / "val"
-        _fill_bucket(bulk, f"s3://{BUCKET}/{name}/images")
-        recipe = load_recipe(
-            "demo",
-            [
-                f"workspace={home / 'workspace' / name}",
-                f"prepare.source={source}",
-                f"register.name={name}",
-                f"segment.source=s3://{BUCKET}/{name}/images",
-                f"segment.target=s3://{BUCKET}/{name}/labelled",
-                *settings,
-            ],
-        )
+        source = Path(data).resolve() if data is not None else _scenes(home)
+        name = source.name if data is not None else "scenes"
+        # Two folders of one name must not share a bucket.
+        place = f"{name}-{hashlib.sha256(str(source).encode()).hexdigest()[:6]}" if data is not None else name
+        images = (source / "unlabelled", source / "images" / "val", source / "images")
+        _fill_bucket(next((f for f in images if f.is_dir()), source), f"s3://{BUCKET}/{place}/images")
+        given = {
+            "workspace": str(home / "workspace" / place),
+            "prepare.source": str(source),
+            "register.name": name,
+            "segment.source": f"s3://{BUCKET}/{place}/images",
+            "segment.target": f"s3://{BUCKET}/{place}/labelled",
+        }
+        recipe = load_recipe("demo", [*(f"{key}={json.dumps(value)}" for key, value in given.items()), *settings])
         demo = Demo(iter(()), bucket_folder, tracking_uri(recipe.tracking))
 
         def receipts() -> Iterator[Receipt]:
@@ -95,6 +96,7 @@ def loopback_s3(folder: Path) -> Iterator[str]:
     with (folder / "server.log").open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            start_new_session=True,  # Ctrl-C is for us: the bucket is kept before the endpoint ends
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
@@ -147,7 +149,9 @@ def _keep(folder: Path) -> None:
         for entry in list(kept.list()):
             if entry.key not in there:
                 kept.delete(entry.key)
-    Folder(f"s3://{BUCKET}").download(folder / BUCKET)
+    bucket = Folder(f"s3://{BUCKET}")
+    for entry in bucket.list():
+        kept.write(entry.key, bucket.read(entry.key))
 
 
 def _fill_bucket(images: Path, uri: str) -> None:

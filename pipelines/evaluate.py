@@ -39,9 +39,9 @@ Counts = dict[str, NDArray[np.int64]]
 """intersection, predicted and labelled pixels, each (images, K) int64."""
 
 
-def evaluate(workspace: str, recipe: Recipe, config: EvaluateConfig | None = None) -> Receipt:
-    """Run the stage; `config` stands in for the recipe's section (registration evaluates the champion with it)."""
-    config = config or recipe.evaluate
+def evaluate(workspace: str, recipe: Recipe, instead: EvaluateConfig | None = None) -> Receipt:
+    """Run the stage; with `instead` of the recipe's section it is not the latest (registration judges the champion)."""
+    config = instead or recipe.evaluate
     dataset = open_dataset(config.dataset or latest_receipt(workspace, "prepare").results["dataset"])
     mlflow_run = None
     model_uri = config.model
@@ -55,7 +55,8 @@ def evaluate(workspace: str, recipe: Recipe, config: EvaluateConfig | None = Non
             config=config.model_copy(update={"model": None, "dataset": None}),  # their digests count, not their places
             inputs={"model": model.digest, "dataset": dataset.split_digest(config.split), "train": dataset.digest},
             packages=PACKAGES,
-            body=lambda run: _evaluate(run, config, dataset, model, recipe, model_uri, mlflow_run),
+            latest=instead is None,
+            body=lambda run: _evaluate(run, config, dataset, model, recipe, mlflow_run),
         )
 
 
@@ -72,7 +73,6 @@ def _evaluate(
     dataset: Dataset,
     model: FetchedModel,
     recipe: Recipe,
-    model_uri: str,
     mlflow_run: str | None,
 ) -> None:
     _check_classes(dataset, model)
@@ -82,7 +82,7 @@ def _evaluate(
     _write_per_image(run, keys, counts)
     per_class = dict(zip(dataset.class_names, (_number(v) for v in scores.iou), strict=True))
     run.results = {
-        "model": model_uri,
+        "model": model.uri,
         "model_digest": model.digest,
         "dataset": dataset.folder.uri,
         "evaluation": dataset.split_digest(config.split),
@@ -100,7 +100,7 @@ def _evaluate(
         if config.overlays
         else [PER_IMAGE]
     )
-    if mlflow_run is not None:
+    if mlflow_run is not None and tracking.run_exists(recipe.tracking, mlflow_run):
         logger = tracking.RunLogger(tracking.tracking_uri(recipe.tracking), mlflow_run)
         logger.metrics({f"eval/{n}": v for n, v in scores.means().items()} | {"eval/prior_miou": prior.miou})
         logger.metrics({f"eval_iou/{n}": float(v) for n, v in zip(dataset.class_names, scores.iou, strict=True)})
@@ -134,6 +134,7 @@ def _count_split(
 ) -> tuple[list[str], Counts]:
     """Each of several Ray tasks takes every n-th image; the counts come back by key: their number cannot matter."""
     cluster.connect()
+    cluster.refuse_local(dataset.folder.uri, "the dataset")
     gpus = int(ray.cluster_resources().get("GPU", 0))
     workers = gpus or max(1, int(ray.cluster_resources().get("CPU", 1)))
     files: Any = ray.put(model.files())

@@ -24,9 +24,10 @@ REGISTERED = re.compile(r"^models:/([^/@]+)(?:@([^/@]+)|/(\d+))$")
 
 @dataclass(frozen=True)
 class FetchedModel:
-    """A segmentor's directory here, what it is called, and the SHA-256 of its files."""
+    """A segmentor's directory here, its URI (an alias resolved), what it is called, and the SHA-256 of its files."""
 
     directory: Path
+    uri: str
     version: str
     digest: str
 
@@ -51,6 +52,7 @@ def fetch_model(uri: str, config: TrackingConfig) -> Iterator[FetchedModel]:
                 raise UsageError(f"{uri}: write models:/name@alias or models:/name/version")
             name, alias, number = found.groups()
             version = tracking.download_registered(config, name, alias=alias, version=number, to=directory)
+            uri = f"models:/{version}"
         else:
             folder = Folder(uri)
             for file in FILES:
@@ -61,7 +63,7 @@ def fetch_model(uri: str, config: TrackingConfig) -> Iterator[FetchedModel]:
                         "training or save_segmentor wrote"
                     )
                 (directory / file).write_bytes(data)
-        yield FetchedModel(directory, version, digest_of_files({f: (directory / f).read_bytes() for f in FILES}))
+        yield FetchedModel(directory, uri, version, digest_of_files({f: (directory / f).read_bytes() for f in FILES}))
 
 
 def digest_of_files(files: Mapping[str, bytes]) -> str:

@@ -55,18 +55,20 @@ def register(workspace: str, recipe: Recipe) -> Receipt:
     evaluation = latest_receipt(workspace, "evaluate")
     champion = _champion(recipe, config.name)
     if champion is not None and champion.tags.get("repsep.evaluation") == evaluation.digest:
-        inherited = champion.tags.get(
-            "repsep.replaced", ""
-        )  # this very evaluation won: say so again, not "cannot beat itself"
+        # This very evaluation won: say so again, not that it cannot beat itself.
+        inherited = champion.tags.get("repsep.replaced", "")
     else:
         inherited = str(champion.version) if champion is not None else ""
     with fetch_model(evaluation.results["model"], recipe.tracking) as model:
+        if model.digest != evaluation.results["model_digest"]:
+            raise RepsepError(f"{model.uri} has changed since it was evaluated; run `repsep evaluate` again")
         return run_stage(
             "register",
             workspace=workspace,
             config=config,
             inputs={"evaluation": evaluation.digest, "model": model.digest, "champion": inherited},
             packages=PACKAGES,
+            again=_version_of(recipe, config.name, evaluation) is None,  # the registry may be another one by now
             body=lambda run: _register(run, workspace, recipe, evaluation, model, champion),
         )
 
@@ -120,25 +122,19 @@ def _register(
     run: StageRun, workspace: str, recipe: Recipe, evaluation: Receipt, model: FetchedModel, champion: Any
 ) -> None:
     config = recipe.register_
-    decision = _decide(workspace, recipe, evaluation, model, champion)
-    uri = tracking.tracking_uri(recipe.tracking)
-    client = tracking.client_for(uri)
-    run_id = evaluation.results["mlflow_run"] or tracking.start_run(
-        recipe.tracking, "register", tags={"repsep.stage": "register"}
-    )
-    with tempfile.TemporaryDirectory() as temporary:
-        _save_pyfunc(Path(temporary) / "model", model.directory)
-        client.log_artifacts(run_id, str(Path(temporary) / "model"), "model")
-    _ensure_registered(client, config.name)
-    source = f"{client.get_run(run_id).info.artifact_uri}/model"
-    version = str(client.create_model_version(config.name, source, run_id).version)
+    client = tracking.client_for(tracking.tracking_uri(recipe.tracking))
+    known = _version_of(recipe, config.name, evaluation)  # of an attempt that ended before its receipt
+    if known is not None and champion is not None and known.version == champion.version:
+        decision = Decision(True, known.tags["repsep.reason"], {})
+    else:
+        decision = _decide(workspace, recipe, evaluation, model, champion)
+    version, run_id = (str(known.version), known.run_id) if known else _new_version(client, recipe, evaluation, model)
     tags = {
         "repsep.reason": decision.reason,
         "repsep.model_digest": model.digest,
-        "repsep.evaluation": evaluation.digest,
         "repsep.evaluation_uri": evaluation.uri,
         "repsep.dataset_split": evaluation.results["evaluation"],
-        "repsep.replaced": str(champion.version) if champion is not None else "",
+        "repsep.replaced": _replaced(known, champion),
         "repsep.miou": str(evaluation.results["miou"]),
     }
     for name, value in tags.items():
@@ -156,6 +152,34 @@ def _register(
     }
 
 
+def _replaced(known: Any, champion: Any) -> str:
+    if known is not None and "repsep.replaced" in known.tags:
+        return str(known.tags["repsep.replaced"])
+    return str(champion.version) if champion is not None else ""
+
+
+def _new_version(client: MlflowClient, recipe: Recipe, evaluation: Receipt, model: FetchedModel) -> tuple[str, str]:
+    """(version, run id) of the model logged under the run that trained it, or under one of its own."""
+    run_id = evaluation.results["mlflow_run"]
+    if run_id is None or not tracking.run_exists(recipe.tracking, run_id):
+        run_id = tracking.start_run(recipe.tracking, "register", tags={"repsep.stage": "register"})
+    with tempfile.TemporaryDirectory() as temporary:
+        _save_pyfunc(Path(temporary) / "model", model.directory)
+        client.log_artifacts(run_id, str(Path(temporary) / "model"), "model")
+    name = recipe.register_.name
+    _ensure_registered(client, name)
+    source = f"{client.get_run(run_id).info.artifact_uri}/model"
+    tags = {"repsep.evaluation": evaluation.digest}
+    return str(client.create_model_version(name, source, run_id, tags=tags).version), run_id
+
+
+def _version_of(recipe: Recipe, name: str, evaluation: Receipt) -> Any:
+    """The version that was registered for this evaluation, None if there is none."""
+    client = tracking.client_for(tracking.tracking_uri(recipe.tracking))
+    found = client.search_model_versions(f"name = '{name}'")
+    return next((v for v in found if v.tags.get("repsep.evaluation") == evaluation.digest), None)
+
+
 def _decide(workspace: str, recipe: Recipe, evaluation: Receipt, model: FetchedModel, champion: Any) -> Decision:
     if champion is None:
         return Decision(True, "first", {"miou": evaluation.results["miou"]})
@@ -170,7 +194,10 @@ def _decide(workspace: str, recipe: Recipe, evaluation: Receipt, model: FetchedM
             )
     # Cached when the champion has been evaluated on these images before, otherwise done now.
     section = EvaluateConfig(
-        model=uri, dataset=evaluation.results["dataset"], split=evaluation.results["split"], overlays=0
+        model=uri,
+        dataset=evaluation.results["dataset"],
+        split=evaluation.results["split"],
+        overlays=recipe.evaluate.overlays,
     )
     theirs_keys, theirs_counts = read_counts(evaluate(workspace, recipe, section))
     ours_keys, ours_counts = read_counts(evaluation)
@@ -186,7 +213,7 @@ def _champion(recipe: Recipe, name: str) -> Any:
     except MlflowException as error:
         if error.error_code in NO_CHAMPION:
             return None
-        raise RepsepError(f"MLflow at {uri} cannot be used: {error.message}") from error
+        raise RepsepError(f"MLflow at {tracking.shown(uri)} cannot be used: {error.message}") from error
 
 
 def _ensure_registered(client: MlflowClient, name: str) -> None:

@@ -32,7 +32,7 @@ from ray.exceptions import (
 from ray.util.annotations import RayDeprecationWarning
 
 from pipelines import cluster
-from pipelines.commits import CLASSES, OK, REPORT, RUN, Output
+from pipelines.commits import CLASSES, OK, REPORT, RUN, Committed, Output
 from pipelines.config import Recipe, SegmentConfig
 from pipelines.errors import RepsepError, UsageError
 from pipelines.models import FetchedModel, fetch_model
@@ -45,7 +45,9 @@ from repsep_model.checkpoint import load_classes
 PACKAGES = ("pipelines", "repsep_model")
 BREAKER_IMAGES = 20
 WORKER_LOST = (ActorDiedError, ActorUnavailableError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
-# What decides a mask; the rest of the section says where and how much.
+# These do not decide what the output is in the end.
+THIS_RUN_ONLY = {"model": None, "limit": None, "retry_failed": False, "overwrite": False, "max_failure_rate": 1.0}
+# What decides a mask.
 MASK_SETTINGS = ("bf16", "pixel_budget", "confidence", "model_batch")
 
 
@@ -89,19 +91,21 @@ def segment(workspace: str, recipe: Recipe, *, dry_run: bool = False) -> Receipt
     model_uri = config.model or f"models:/{recipe.register_.name}@champion"
     with fetch_model(model_uri, recipe.tracking) as model:
         output = Output(target)
+        identity = _identity(config, model, source)
+        images, skipped = _images(source, target, config)  # before the output is touched
         if dry_run:
-            return _plan(source, target, config, output)
-        classes = load_classes(model.directory)
-        output.claim(_identity(config, model), classes, overwrite=config.overwrite)
-        plan = _plan(source, target, config, output)
+            ours = output.check(identity, overwrite=config.overwrite) == "ours"
+            return _plan(images, skipped, config, output.committed() if ours else {})
+        output.claim(identity, load_classes(model.directory), overwrite=config.overwrite)
+        plan = _plan(images, skipped, config, output.committed())
         return run_stage(
             "segment",
             workspace=workspace,
-            config=config.model_copy(update={"model": None}),
+            config=config.model_copy(update=THIS_RUN_ONLY),
             inputs={"model": model.digest, "listing": plan.listing},
             packages=PACKAGES,
             again=bool(plan.todo) or output.has_commits(),
-            body=lambda run: _segment(run, config, source, output, model, plan),
+            body=lambda run: _segment(run, config, source, output, model, plan, images),
         )
 
 
@@ -122,12 +126,14 @@ def _folders(config: SegmentConfig) -> tuple[Folder, Folder]:
     return Folder(source), Folder(target)
 
 
-def _identity(config: SegmentConfig, model: FetchedModel) -> dict[str, Any]:
+def _identity(config: SegmentConfig, model: FetchedModel, source: Folder) -> dict[str, Any]:
     settings = config.model_dump(mode="json")
-    return {"format": 1, "model": model.digest} | {name: settings[name] for name in MASK_SETTINGS}
+    fixed = {"format": 1, "model": model.digest, "source": source.uri}  # keys are relative to the source
+    return fixed | {name: settings[name] for name in MASK_SETTINGS}
 
 
-def _plan(source: Folder, target: Folder, config: SegmentConfig, output: Output) -> Plan:
+def _images(source: Folder, target: Folder, config: SegmentConfig) -> tuple[list[Entry], int]:
+    """The images below the prefix and how many other objects there are. Raises UsageError where there is none."""
     include = tuple(ending.lower() for ending in config.include)
     entries = list(image_entries(source, target, include))
     images = [entry for entry, is_image in entries if is_image]
@@ -136,7 +142,10 @@ def _plan(source: Folder, target: Folder, config: SegmentConfig, output: Output)
         raise UsageError(
             f"{source.uri} holds no image ({found} there; images end in {', '.join(include)}); correct the prefix"
         )
-    known = output.committed()
+    return images, len(entries) - len(images)
+
+
+def _plan(images: list[Entry], skipped: int, config: SegmentConfig, known: dict[str, Committed]) -> Plan:
     todo, failed_before = [], 0
     for entry in images:
         before = known.get(entry.key)
@@ -147,12 +156,18 @@ def _plan(source: Folder, target: Folder, config: SegmentConfig, output: Output)
             if config.retry_failed:
                 todo.append(entry)
     done = len(images) - len(todo)
-    listing = digest_of([source.uri, target.uri, sorted((e.key, e.etag) for e in images)])
-    return Plan(todo[: config.limit], len(images), len(entries) - len(images), done, failed_before, listing)
+    listing = digest_of(sorted((e.key, e.etag) for e in images))
+    return Plan(todo[: config.limit], len(images), skipped, done, failed_before, listing)
 
 
 def _segment(
-    run: StageRun, config: SegmentConfig, source: Folder, output: Output, model: FetchedModel, plan: Plan
+    run: StageRun,
+    config: SegmentConfig,
+    source: Folder,
+    output: Output,
+    model: FetchedModel,
+    plan: Plan,
+    images: list[Entry],
 ) -> None:
     output.compact()
     say(
@@ -163,7 +178,9 @@ def _segment(
     try:
         tally = _Job(config, source, output, model).run(plan.todo) if plan.todo else Tally()
     finally:
-        rows, failed_rows = output.compact()  # also when it failed: people read results/, not _commits/
+        rows, _ = output.compact()  # also when it failed: people read results/, not _commits/
+    known = output.committed()
+    failed_rows = sum(e.key in known and not known[e.key].ok for e in images)  # those deleted since do not count
     seconds = time.monotonic() - began
     report = {
         "source": source.uri,
@@ -197,6 +214,7 @@ class _Job:
         self.config, self.source, self.output, self.model = config, source, output, model
         self.classes = load_classes(model.directory)
         self.tally = Tally()
+        self.last_error = ""
 
     def run(self, todo: list[Entry]) -> Tally:
         """Batches through Ray Data; when workers keep dying, what is left goes image by image."""
@@ -246,7 +264,7 @@ class _Job:
                 compute=ray.data.ActorPoolStrategy(size=runtime.model_actors),
                 batch_format="pyarrow",
                 batch_size=size,
-                num_cpus=1,
+                num_cpus=self._actor_cpus(),
                 num_gpus=1 if use_gpu else 0,
                 ray_remote_args_fn=lambda: {"max_restarts": runtime.retries, "max_task_retries": runtime.retries},
             )
@@ -283,6 +301,10 @@ class _Job:
                 self.output.commit([failed])
                 yield failed
 
+    def _actor_cpus(self) -> float:
+        """A CPU for each model actor, less where that would leave none to read with."""
+        return min(1.0, max(0.1, (ray.cluster_resources().get("CPU", 1) - 0.5) / self.config.runtime.model_actors))
+
     def _commit_settings(self) -> CommitSettings:
         colours = tuple(tuple(c["color"]) for c in self.classes["classes"])
         return CommitSettings(
@@ -295,22 +317,24 @@ class _Job:
         left = {}
         for key, entry in waiting.items():
             before = known.get(key)
-            if before is None or before.etag != entry.etag:
+            again = self.config.retry_failed and before is not None and not before.ok
+            if before is None or before.etag != entry.etag or again:
                 left[key] = entry
             else:
                 self._count({"status": OK if before.ok else "failed", "stage": "", "height": 0, "width": 0})
         return left
 
     def _count(self, row: dict[str, Any]) -> None:
+        self.tally.add(row)
+        self.progress.advance(1, f"{self.tally.failed} failed" if self.tally.failed else "")
+        self.last_error = row.get("error") or self.last_error
         tally = self.tally
-        tally.add(row)
-        self.progress.advance(1, f"{tally.failed} failed" if tally.failed else "")
         seen = tally.ok + tally.failed
         if seen >= BREAKER_IMAGES and tally.failed > self.config.max_failure_rate * seen:
             raise RepsepError(
                 f"{tally.failed} of the first {seen} images failed ({dict(tally.reasons)}), more than "
-                f"segment.max_failure_rate={self.config.max_failure_rate} allows. The last: {row.get('error')}. "
-                f"All are in {self.output.folder.uri_of('results')}"
+                f"segment.max_failure_rate={self.config.max_failure_rate} allows. The last: {self.last_error}. "
+                f"All are in {self.output.folder.uri_of('results')}; mend the cause, then add --retry-failed"
             )
 
 

@@ -29,9 +29,10 @@ from pipelines.config import Section
 from pipelines.errors import RepsepError, StorageError
 from pipelines.storage import Folder
 
-STARTED, SUCCESS, LEASE = "_STARTED.json", "_SUCCESS.json", "_LEASE.json"
+STARTED, SUCCESS, LEASE, LATEST = "_STARTED.json", "_SUCCESS.json", "_LEASE.json", "_LATEST.json"
 LEASE_REFRESH_S = 20.0
 LEASE_EXPIRES_S = 90.0
+TAKEOVER_S = 1.0
 RECORDED_PACKAGES = ("ray", "torch", "torchvision", "timm", "mlflow", "pyarrow", "numpy", "pillow", "fsspec", "s3fs")
 
 
@@ -65,6 +66,11 @@ class StageRun:
     results: dict[str, Any] = field(default_factory=dict)
     outputs: list[str] = field(default_factory=list)
 
+    def restart(self, started: Mapping[str, Any]) -> None:
+        """Replace what was recorded at the start."""
+        self.started = dict(started)
+        self.folder.write(STARTED, json.dumps(self.started | {"started_at": time.time()}).encode())
+
 
 def run_stage(
     name: str,
@@ -76,20 +82,24 @@ def run_stage(
     body: Callable[[StageRun], None],
     lease: bool = False,
     again: bool = False,
+    latest: bool = True,
     begin: Callable[[], Mapping[str, Any]] | None = None,
 ) -> Receipt:
     """Run `body` unless a receipt says that it is done.
 
     `inputs` are digests by name; `packages` those of this project that the stage imports, whose source counts; `begin`
     gives what `_STARTED.json` keeps for a run that continues this one. With `lease`, a second run at the same time is
-    refused; with `again` a receipt that is there does not count.
+    refused; with `again` a receipt that is there does not count; without `latest` later stages do not take this one as
+    their input.
     """
     fingerprint = fingerprint_of(name, config, inputs, packages)
     folder = Folder(workspace) / name / fingerprint[:12]
     if not again and (done := read_receipt(folder)) is not None and _outputs_whole(folder, done):
+        if latest:
+            _point_to(workspace, name, folder)
         return Receipt(**(_fields(done) | {"cached": True}))
     began = time.time()
-    with _Lease(folder, name) if lease else contextlib.nullcontext():
+    with _Lease(folder, name) if lease else contextlib.nullcontext() as held:
         run = StageRun(folder, fingerprint, _started(folder, begin))
         body(run)
         receipt = {
@@ -108,20 +118,29 @@ def run_stage(
             "seconds": round(time.time() - began, 3),
         }
         receipt["digest"] = digest_of(receipt)
+        if held is not None:
+            held.check()
         folder.write(SUCCESS, json.dumps(receipt, indent=1, sort_keys=True).encode())
+    if latest:
+        _point_to(workspace, name, folder)
     return Receipt(**_fields(receipt))
 
 
 def latest_receipt(workspace: str, stage: str) -> Receipt:
-    """The receipt of the stage that finished last in this workspace. Raises RepsepError if there is none."""
-    found = []
+    """The receipt of the stage that was last done, or found done, in this workspace. Raises RepsepError if none was."""
     root = Folder(workspace) / stage
-    for name in root.subfolders():
-        if (values := read_receipt(root / name)) is not None:
-            found.append(Receipt(**_fields(values)))
-    if not found:
+    pointer = root.read_if_present(LATEST)
+    values = read_receipt(root / json.loads(pointer)["folder"]) if pointer is not None else None
+    if values is None:
         raise RepsepError(f"no finished {stage} in {workspace}; run `repsep {stage}` with the same recipe first")
-    return max(found, key=lambda receipt: receipt.finished_at)
+    return Receipt(**_fields(values))
+
+
+def _point_to(workspace: str, stage: str, folder: Folder) -> None:
+    pointer = json.dumps({"folder": folder.uri.rpartition("/")[2]}).encode()
+    root = Folder(workspace) / stage
+    if root.read_if_present(LATEST) != pointer:
+        root.write(LATEST, pointer)
 
 
 def read_receipt(folder: Folder) -> dict[str, Any] | None:
@@ -210,11 +229,11 @@ class _Lease:
 
     def __init__(self, folder: Folder, stage: str) -> None:
         self.folder, self.stage = folder, stage
-        self.owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": os.urandom(8).hex()}
+        self.owner = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "token": os.urandom(8).hex()}
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._refresh, daemon=True, name=f"lease-{stage}")
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Lease:
         if not self.folder.create(LEASE, self._content()):
             holder = json.loads(self.folder.read_if_present(LEASE) or b"{}")
             age = time.time() - holder.get("renewed_at", 0)
@@ -225,13 +244,21 @@ class _Lease:
                     f"wait for it, or {LEASE_EXPIRES_S:.0f} s if it is dead"
                 )
             self.folder.write(LEASE, self._content())
+            time.sleep(TAKEOVER_S)  # of two that take over at once the later writer wins, and both look after that
+            self.check()
         self.thread.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.stopped.set()
         self.thread.join()
         if self._is_ours():
             self.folder.delete(LEASE)
+
+    def check(self) -> None:
+        """Raises RepsepError if another run has taken over: what this one made must not be taken for whole."""
+        if not self._is_ours():
+            raise RepsepError(f"another {self.stage} took over {self.folder.uri} while this one was silent; it goes on")
 
     def _content(self) -> bytes:
         return json.dumps(self.owner | {"renewed_at": time.time()}).encode()
@@ -249,7 +276,7 @@ class _Lease:
 
 
 def _is_gone(holder: Mapping[str, Any]) -> bool:
-    if holder.get("host") != socket.gethostname():
+    if (holder.get("host"), holder.get("boot")) != (socket.gethostname(), _boot()):
         return False
     try:
         os.kill(int(holder.get("pid", 0)), 0)
@@ -258,3 +285,11 @@ def _is_gone(holder: Mapping[str, Any]) -> bool:
     except PermissionError:
         return False
     return False
+
+
+def _boot() -> str:
+    """Where a process id means something: this boot of this machine, in this container."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""

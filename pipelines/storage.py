@@ -137,12 +137,14 @@ class Folder:
             try:
                 self.fs.pipe_file(path, data, mode="create")
             except FileExistsError:
-                return False
+                pass
             except OSError as error:
-                if _s3_code(error) in ("PreconditionFailed", "412"):
-                    return False
-                raise
-            return True
+                if _s3_code(error) not in ("PreconditionFailed", "412"):
+                    raise
+            else:
+                return True
+        # The answer to a PUT that succeeded may have been lost, and its repetition refused: then this is our own.
+        return self.read_if_present(key) == data
 
     def delete(self, key: str) -> None:
         """Remove the object if it is there."""
@@ -199,13 +201,6 @@ class Folder:
         """Copy every file of a local folder to `key`."""
         for file in sorted(p for p in local.rglob("*") if p.is_file()):
             self.write(posixpath.join(key, file.relative_to(local).as_posix()), file.read_bytes())
-
-    def download(self, local: Path) -> None:
-        """Copy every object to a local folder."""
-        for entry in self.list():
-            target = local / entry.key
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(self.read(entry.key))
 
     def sha256(self, key: str) -> str:
         """Hex digest of the object, read in pieces."""
@@ -310,7 +305,7 @@ def absolute_uri(uri: str) -> str:
 
 def is_local(uri: str) -> bool:
     """Whether other machines cannot see it."""
-    return absolute_uri(uri).startswith(("/", "file://", "local://"))
+    return absolute_uri(uri).startswith(("/", "file://", "local://", "sqlite:"))
 
 
 @contextlib.contextmanager

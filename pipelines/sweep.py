@@ -78,7 +78,7 @@ def sweep(workspace: str, recipe: Recipe) -> Receipt:
         inputs={"dataset": dataset.digest},
         packages=PACKAGES,
         lease=True,
-        begin=lambda: {"mlflow_run": tracking.start_run(recipe.tracking, "sweep", tags={"repsep.stage": "sweep"})},
+        begin=lambda: _begin(recipe),
         body=lambda run: _search(run, workspace, recipe, config, dataset),
     )
 
@@ -88,6 +88,10 @@ class _Fixed(Section):
 
     sweep: dict[str, Any]
     train: dict[str, Any]
+
+
+def _begin(recipe: Recipe) -> dict[str, Any]:
+    return {"mlflow_run": tracking.start_run(recipe.tracking, "sweep", tags={"repsep.stage": "sweep"})}
 
 
 def points(config: SweepConfig, base: TrainConfig) -> list[Point]:
@@ -127,9 +131,14 @@ def _for_trial(config: TrainConfig, sweep_config: SweepConfig) -> TrainConfig:
 
 def _search(run: StageRun, workspace: str, recipe: Recipe, config: SweepConfig, dataset: Dataset) -> None:
     cluster.connect()
-    cluster.refuse_local(run.folder.uri, "the workspace")
+    uri = tracking.tracking_uri(recipe.tracking)
+    for place, what in ((run.folder.uri, "the workspace"), (dataset.folder.uri, "the dataset"), (uri, "tracking.uri")):
+        cluster.refuse_local(place, what)
+    cluster.require(config.runtime.workers_per_trial * recipe.train.runtime.cpus_per_worker, "a trial of the sweep")
+    if not tracking.run_exists(recipe.tracking, run.started["mlflow_run"]):  # the tracking store is another by now
+        run.restart(_begin(recipe))
     parent = run.started["mlflow_run"]
-    logger = tracking.RunLogger(tracking.tracking_uri(recipe.tracking), parent)
+    logger = tracking.RunLogger(uri, parent)
     logger.params({"sweep": config.model_dump(mode="json")})
     logger.dataset(dataset.folder.uri, dataset.manifest["name"], dataset.digest)
     trials = _tune(run, SEARCH, points(config, recipe.train), recipe, config, dataset, parent)
@@ -139,19 +148,20 @@ def _search(run: StageRun, workspace: str, recipe: Recipe, config: SweepConfig, 
     best, default = max(finished, key=lambda t: t.miou), trials[0]
     confirmed = _confirm(run, best, default, recipe, config, dataset, parent)
     winner = best
-    if confirmed and confirmed["default"] >= confirmed["best"]:
+    if confirmed.get("default", -1.0) >= confirmed.get("best", 0.0):
         winner = default
+    run.results = {"dataset": dataset.folder.uri}
     _write_results(run, trials, winner, workspace, recipe, logger)
     logger.metrics({"best_miou": best.miou} | {f"confirm/{name}": value for name, value in confirmed.items()})
     logger.finish()
     run.outputs = [TABLE, PLOT, BEST]
-    run.results = {
+    run.results |= {
         "trials": len(trials),
         "failed": len(trials) - len(finished),
         "stopped_early": sum(t.steps < config.steps for t in finished),
         "best": best.point.name,
         "best_miou": best.miou,
-        "default_miou": default.miou,
+        "default_miou": default.miou if not default.error else None,
         "confirmed": confirmed,
         "winner": winner.point.name,
         "table": run.folder.uri_of(TABLE),
@@ -177,9 +187,8 @@ def _confirm(
     means = {}
     for label in ("best", "default"):
         scores = [t.miou for t in trials if t.point.name.startswith(label) and not t.error]
-        if not scores:
-            return {}
-        means[label] = float(np.mean(scores))
+        if scores:
+            means[label] = float(np.mean(scores))
     return means
 
 
@@ -218,7 +227,7 @@ def _tune(
                 "point": tune.grid_search([{"name": p.name, "config": p.config.model_dump(mode="json")} for p in what])
             },
             tune_config=tune.TuneConfig(
-                metric="miou", mode="max", scheduler=scheduler, max_concurrent_trials=_concurrent(config)
+                metric="miou", mode="max", scheduler=scheduler, max_concurrent_trials=_concurrent(config, recipe.train)
             ),
             run_config=tune.RunConfig(
                 name=name,
@@ -233,13 +242,19 @@ def _tune(
     for result in tuner.fit():  # type: ignore[attr-defined] # it is iterable through __getitem__
         point = by_name[result.config["point"]["name"]]
         metrics = result.metrics or {}
-        if "best_miou" in metrics:
+        if "best_miou" in metrics and result.error is None:
             found[point.name] = Trial(point, metrics["best_miou"], metrics["step"])
+            _finish_child(recipe, parent, metrics["trial_id"])  # a trial stopped early could not do it itself
         else:
             found[point.name] = Trial(
                 point, float("nan"), 0, str(result.error or "it reported nothing").strip().splitlines()[-1]
             )
     return [found[p.name] for p in what]
+
+
+def _finish_child(recipe: Recipe, parent: str, trial_id: str) -> None:
+    if (run_id := tracking.child_run(recipe.tracking, parent, "repsep.trial", trial_id)) is not None:
+        tracking.RunLogger(tracking.tracking_uri(recipe.tracking), run_id).finish()
 
 
 def _trial(config: dict[str, Any], settings: Mapping[str, Any]) -> None:
@@ -286,10 +301,15 @@ class _Narrator(tune.Callback):
         say(f"sweep: {name} ({self.numbers[name] + 1}/{len(self.numbers)}): {what}")
 
 
-def _concurrent(config: SweepConfig) -> int:
+def _concurrent(config: SweepConfig, base: TrainConfig) -> int:
+    """How many trials the cluster holds at once."""
     if config.runtime.max_concurrent_trials is not None:
         return config.runtime.max_concurrent_trials
-    return max(1, int(ray.cluster_resources().get("CPU", 1)) // config.runtime.workers_per_trial)
+    workers, there = config.runtime.workers_per_trial, ray.cluster_resources()
+    fits = there.get("CPU", 1) // (workers * base.runtime.cpus_per_worker)
+    if cluster.has_gpu() if base.runtime.gpu is None else base.runtime.gpu:
+        fits = min(fits, there.get("GPU", 0) // workers)
+    return max(1, int(fits))
 
 
 def table_text(trials: list[Trial]) -> str:
@@ -331,10 +351,12 @@ def _write_results(
     run.folder.write(PLOT, _plot(trials))
     base = recipe.train
     chosen = winner.point.config
-    section = base.model_copy(update={"model": chosen.model, "loss": chosen.loss, "lr": chosen.lr}).model_dump(
-        mode="json", exclude_defaults=True
-    )
-    found = {"workspace": workspace, "tracking": recipe.tracking.model_dump(exclude_defaults=True), "train": section}
+    update = {"model": chosen.model, "loss": chosen.loss, "lr": chosen.lr, "dataset": run.results["dataset"]}
+    section = base.model_copy(update=update).model_dump(mode="json", exclude_defaults=True)
+    # A database's password stays in the environment: the file lies in the workspace and in MLflow.
+    secret = {"uri"} if tracking.shown(recipe.tracking.uri or "") != (recipe.tracking.uri or "") else set()
+    where = recipe.tracking.model_dump(exclude_defaults=True, exclude=secret)
+    found = {"workspace": workspace, "tracking": where, "train": section}
     run.folder.write(BEST, yaml.safe_dump({k: v for k, v in found.items() if v}, sort_keys=False).encode())
     for name in (TABLE, BEST):
         logger.text(run.folder.read(name).decode(), name)

@@ -7,6 +7,7 @@ forgotten call may send a run elsewhere.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -38,7 +39,7 @@ def tracking_uri(config: TrackingConfig) -> str:
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     elif not uri.startswith(("http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
         raise UsageError(
-            f"tracking.uri {uri!r}: MLflow's file store is not supported; use sqlite:///..., a database or a server"
+            f"tracking.uri {shown(uri)!r}: MLflow's file store is not supported; use sqlite:///... or a server"
         )
     return uri
 
@@ -61,9 +62,23 @@ def start_run(
         extra = {"mlflow.parentRunId": parent} if parent else {}
         run = client.create_run(experiment, run_name=name, tags=dict(tags or {}) | extra)
     except MlflowException as error:
-        raise RepsepError(f"MLflow at {uri} cannot be used: {error.message}") from error
+        raise RepsepError(f"MLflow at {shown(uri)} cannot be used: {error.message}") from error
     run_id: str = run.info.run_id
     return run_id
+
+
+def run_exists(config: TrackingConfig, run_id: str) -> bool:
+    """Whether this tracking store has the run: it may be another store than when the run was started."""
+    try:
+        client_for(tracking_uri(config)).get_run(run_id)
+    except MlflowException:
+        return False
+    return True
+
+
+def shown(uri: str) -> str:
+    """A URI for people: without the user and password of a database."""
+    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 class RunLogger:
@@ -166,10 +181,10 @@ def registered_version(
         try:
             there = [m.name for m in client.search_registered_models(max_results=20)]
         except MlflowException as broken:
-            raise RepsepError(f"MLflow at {uri} cannot be used: {broken.message}") from broken
+            raise RepsepError(f"MLflow at {shown(uri)} cannot be used: {broken.message}") from broken
         known = f"registered are: {', '.join(there)}" if there else "nothing is registered there yet"
         raise RepsepError(
-            f"{wanted} is not in the registry at {uri}; {known}. Run `repsep register`, or give another --model"
+            f"{wanted} is not in the registry at {shown(uri)}; {known}. Run `repsep register`, or give another --model"
         ) from error
 
 

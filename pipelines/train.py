@@ -35,16 +35,20 @@ def train(workspace: str, recipe: Recipe) -> Receipt:
         inputs={"dataset": dataset.digest},
         packages=PACKAGES,
         lease=True,
-        begin=lambda: {"mlflow_run": tracking.start_run(recipe.tracking, "train", tags={"repsep.stage": "train"})},
+        begin=lambda: _begin(recipe),
         body=lambda run: _fit(run, recipe, dataset),
     )
+
+
+def _begin(recipe: Recipe) -> dict[str, Any]:
+    return {"mlflow_run": tracking.start_run(recipe.tracking, "train", tags={"repsep.stage": "train"})}
 
 
 def check_batch(config: TrainConfig, workers: int, key: str) -> None:
     """A worker without an image would wait for the others for ever: UsageError."""
     if config.batch_size < workers:
         raise UsageError(
-            f"train.batch_size={config.batch_size} is less than {key}={workers}: each worker needs an image in every step"
+            f"train.batch_size={config.batch_size} is less than {key}={workers}: each worker needs an image a step"
         )
 
 
@@ -95,8 +99,12 @@ def fit(fitted: Any) -> tuple[dict[str, Any], Any]:
 def _fit(run: StageRun, recipe: Recipe, dataset: Dataset) -> None:
     config = recipe.train
     cluster.connect()
-    cluster.refuse_local(run.folder.uri, "the workspace")
     uri = tracking.tracking_uri(recipe.tracking)
+    for place, what in ((run.folder.uri, "the workspace"), (dataset.folder.uri, "the dataset"), (uri, "tracking.uri")):
+        cluster.refuse_local(place, what)
+    cluster.require(config.runtime.workers * config.runtime.cpus_per_worker, "train.runtime.workers")
+    if not tracking.run_exists(recipe.tracking, run.started["mlflow_run"]):  # the tracking store is another by now
+        run.restart(_begin(recipe))
     logger = tracking.RunLogger(uri, run.started["mlflow_run"])
     logger.params({"train": config.model_dump(mode="json")})
     logger.dataset(dataset.folder.uri, dataset.manifest["name"], dataset.digest)

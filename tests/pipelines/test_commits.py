@@ -274,6 +274,34 @@ def test_of_two_models_that_claim_at_once_one_is_refused(tmp_path: Path) -> None
     assert json.loads(Folder(uri).read(RUN)) == SETTINGS
 
 
+@pytest.mark.parametrize("name", ["masks/a.png", "results/part.parquet", CLASSES])
+def test_a_prefix_that_holds_something_else_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
+    folder = Folder(str(tmp_path / "out"))
+    folder.write(name, b"somebody's")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match=r"holds \w+(\.json)? but no run\.json: .* use an empty prefix"):
+            Output(folder).claim(SETTINGS, NAMES, overwrite=overwrite)
+    assert {entry.key: folder.read(entry.key) for entry in folder.list()} == {name: b"somebody's"}
+
+
+def test_other_files_beside_the_output_do_not_matter(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path / "out"))
+    folder.write("masks-of-last-year/a.png", b"somebody's")
+    folder.write("notes.txt", b"somebody's")
+    Output(folder).claim(SETTINGS, NAMES, overwrite=False)
+    assert json.loads(folder.read(RUN)) == SETTINGS
+
+
+def test_looking_whose_output_it_is_writes_nothing(tmp_path: Path, output: Output) -> None:
+    new = Output(Folder(str(tmp_path / "new")))
+    assert new.check(SETTINGS, overwrite=False) == "free"
+    assert not (tmp_path / "new").exists()
+    before = list(output.folder.list())
+    assert output.check(SETTINGS, overwrite=False) == "ours"
+    assert output.check(SETTINGS | {"model": "m2"}, overwrite=True) == "replace"
+    assert list(output.folder.list()) == before
+
+
 def fill(output: Output) -> None:
     for key in ("masks/a.png", "confidence/a.png", REPORT, "notes.txt"):
         output.folder.write(key, b"old")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from pipelines.config import RECIPES, Recipe, load_recipe
-from pipelines.errors import UsageError
+from pipelines.errors import StorageError, UsageError
+from pipelines.storage import Folder
 
 
 @pytest.fixture
@@ -70,6 +71,13 @@ def test_a_wrong_value_is_shown_with_its_key(recipe_file: Any, text: str, key: s
     first = str(caught.value).splitlines()[0]
     assert first.startswith(f"{file}: {key}")
     assert first.endswith(f"(got {value})")
+
+
+def test_values_that_do_not_go_together_are_named_without_the_rest(recipe_file: Any) -> None:
+    file = recipe_file("sweep: {steps: 10, validate_every: 20}")
+    with pytest.raises(UsageError) as caught:
+        load_recipe(file)
+    assert str(caught.value) == f"{file}: sweep: validate_every=20 is over steps=10: no trial would report"
 
 
 def test_all_that_is_wrong_is_said_at_once(recipe_file: Any) -> None:
@@ -158,6 +166,17 @@ def test_an_empty_file_means_the_defaults(recipe_file: Any) -> None:
 def test_a_missing_recipe_is_answered_with_those_that_come_along(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"there is no recipe .*missing\.yaml; .*demo, sweep"):
         load_recipe(name if name == "missing" else tmp_path / name)
+
+
+def test_a_recipe_may_lie_in_object_storage(s3: str) -> None:
+    folder = Folder(f"s3://{s3}/recipes")
+    folder.write("streets.yaml", b"train: {steps: 3}")
+    folder.write("broken.yaml", b"train: [1")
+    assert load_recipe(f"s3://{s3}/recipes/streets.yaml").train.steps == 3
+    with pytest.raises(UsageError, match=f"s3://{s3}/recipes/broken.yaml is not valid YAML"):
+        load_recipe(f"s3://{s3}/recipes/broken.yaml")
+    with pytest.raises(StorageError, match=f"s3://{s3}/recipes/missing.yaml: there is nothing there"):
+        load_recipe(f"s3://{s3}/recipes/missing.yaml")
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:

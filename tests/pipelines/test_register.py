@@ -218,7 +218,7 @@ def judged(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> list[str
 def evaluated(recipe: Recipe, models: dict[str, Path], judged: list[str]) -> Callable[[str], Receipt]:
     def run(name: str) -> Receipt:
         config = recipe.evaluate.model_copy(update={"model": str(models[name])})
-        return evaluate(str(recipe.workspace), recipe, config)
+        return evaluate(str(recipe.workspace), recipe.model_copy(update={"evaluate": config}))
 
     return run
 
@@ -326,6 +326,48 @@ def test_a_model_with_other_classes_than_the_champions_is_refused(
     )
     assert "--set register.name=" in said
     assert version_of(client, "champion") == "1"
+
+
+def test_a_registration_that_was_killed_is_finished_with_the_version_it_had_made(
+    registered: Callable[[str], Receipt], recipe: Recipe, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered("first")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for step in ("set_model_version_tag", "set_registered_model_alias"):
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, step, killed)
+            with pytest.raises(KeyboardInterrupt):
+                registered("better")
+    receipt = register(str(recipe.workspace), recipe)
+    assert (receipt.results["alias"], receipt.results["version"]) == ("champion", "2")
+    assert receipt.results["figures"]["low"] > 0
+    assert client.get_model_version_by_alias("streets", "champion").tags["repsep.replaced"] == "1"
+    assert len(client.search_model_versions("name = 'streets'")) == 2
+
+
+def test_a_model_is_registered_again_where_the_registry_is_another(
+    registered: Callable[[str], Receipt], recipe: Recipe, empty_database: Path, tmp_path: Path
+) -> None:
+    registered("first")
+    shutil.copy(empty_database, tmp_path / "moved.db")
+    moved = recipe.model_copy(update={"tracking": TrackingConfig(uri=f"sqlite:///{tmp_path}/moved.db")})
+    receipt = register(str(recipe.workspace), moved)
+    assert (receipt.results["alias"], receipt.results["reason"]) == ("champion", "first")
+    assert digest("models:/streets@champion", moved) == digest("models:/streets@champion", recipe)
+
+
+def test_a_model_that_changed_since_it_was_evaluated_is_refused(
+    recipe: Recipe, models: dict[str, Path], judged: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(models["first"], tmp_path / "mine")
+    config = recipe.evaluate.model_copy(update={"model": str(tmp_path / "mine")})
+    evaluate(str(recipe.workspace), recipe.model_copy(update={"evaluate": config}))
+    shutil.copy(models["better"] / "model.safetensors", tmp_path / "mine" / "model.safetensors")
+    with pytest.raises(RepsepError, match="mine has changed since it was evaluated; run `repsep evaluate` again"):
+        register(str(recipe.workspace), recipe)
 
 
 def test_a_registry_that_does_not_answer_crowns_nobody(

@@ -39,6 +39,7 @@ def quick_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is recorded about the installation takes a second to find out and is the same in every test."""
     monkeypatch.setattr(stage, "git_revision", lambda: "abc")
     monkeypatch.setattr(stage, "package_versions", lambda: {"python": "3"})
+    monkeypatch.setattr(stage, "TAKEOVER_S", 0.0)
 
 
 class Body:
@@ -46,14 +47,20 @@ class Body:
 
     def __init__(self, do: Callable[[StageRun], None] | None = None) -> None:
         self.calls, self.do = 0, do
+        self.places: list[Folder] = []
 
     def __call__(self, run: StageRun) -> None:
         self.calls += 1
+        self.places.append(run.folder)
         run.folder.write("out/data.bin", b"0123456789")
         run.outputs = ["out/data.bin"]
         run.results = {"figure": 0.5, "call": self.calls}
         if self.do is not None:
             self.do(run)
+
+
+def fails(_: StageRun) -> None:
+    raise RuntimeError("it failed")
 
 
 @pytest.fixture
@@ -184,15 +191,12 @@ def test_an_altered_receipt_is_refused(run: Callable[..., Receipt], alter: Calla
 
 
 def test_a_body_that_fails_leaves_no_receipt(run: Callable[..., Receipt]) -> None:
-    def fails(_: StageRun) -> None:
-        raise RuntimeError("the disk is full")
-
-    places = []
-    broken = Body(lambda r: places.append(r.folder) or fails(r))  # type: ignore[func-returns-value]
-    with pytest.raises(RuntimeError, match="the disk is full"):
+    broken = Body(fails)
+    with pytest.raises(RuntimeError, match="failed"):
         run(broken, lease=True)
-    assert read_receipt(places[0]) is None
-    assert places[0].read_if_present(LEASE) is None
+    (folder,) = broken.places
+    assert read_receipt(folder) is None
+    assert folder.read_if_present(LEASE) is None
     assert not run(Body(), lease=True).cached
 
 
@@ -293,16 +297,26 @@ def test_a_lease_of_a_dead_process_on_this_host_is_not_waited_for(
 ) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as child:
         child.wait()
-    leased(holder(host=socket.gethostname(), pid=child.pid))
     body = Body()
+    leased(holder(host=socket.gethostname(), boot=stage._boot(), pid=child.pid))
     run(body, lease=True)
     assert body.calls == 1
+
+
+def test_a_process_id_of_another_boot_or_container_says_nothing(
+    run: Callable[..., Receipt], leased: Callable[[bytes], Folder]
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        child.wait()
+    leased(holder(host=socket.gethostname(), boot="another", pid=child.pid))
+    with pytest.raises(RepsepError, match=f"process {child.pid}"):
+        run(Body(), lease=True)
 
 
 def test_a_lease_of_a_living_process_on_this_host_counts(
     run: Callable[..., Receipt], leased: Callable[[bytes], Folder]
 ) -> None:
-    leased(holder(host=socket.gethostname(), pid=os.getppid()))
+    leased(holder(host=socket.gethostname(), boot=stage._boot(), pid=os.getppid()))
     with pytest.raises(RepsepError, match=f"process {os.getppid()}"):
         run(Body(), lease=True)
 
@@ -321,7 +335,7 @@ def test_the_lease_is_renewed_while_the_work_goes_on(
     assert run(Body(long_work), lease=True).folder.read_if_present(LEASE) is None
 
 
-def test_a_run_that_was_taken_over_leaves_the_new_lease_alone(
+def test_a_run_that_was_taken_over_leaves_neither_a_receipt_nor_touches_the_new_lease(
     run: Callable[..., Receipt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage, "LEASE_REFRESH_S", 0.001)
@@ -336,9 +350,25 @@ def test_a_run_that_was_taken_over_leaves_the_new_lease_alone(
             attempt.folder.write(LEASE, holder())  # again, if it was overwritten between a look and a write
             renewing.join(0.01)
 
-    folder = run(Body(sleeps_too_long), lease=True).folder
+    body = Body(sleeps_too_long)
+    with pytest.raises(RepsepError, match=r"another prepare took over .* while this one was silent"):
+        run(body, lease=True)
+    (folder,) = body.places
     assert not threads[0].is_alive()
     assert json.loads(folder.read(LEASE))["token"] == "theirs"
+    assert read_receipt(folder) is None, "two runs wrote there: neither is taken for whole before the other ends"
+
+
+def test_of_two_that_take_over_at_once_one_goes_on(
+    run: Callable[..., Receipt], leased: Callable[[bytes], Folder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = leased(holder(renewed_at=time.time() - 91))
+    monkeypatch.setattr(stage.time, "sleep", lambda _: folder.write(LEASE, holder(token="quicker")))
+    body = Body()
+    with pytest.raises(RepsepError, match="took over"):
+        run(body, lease=True)
+    assert body.calls == 0
+    assert json.loads(folder.read(LEASE))["token"] == "quicker"
 
 
 def test_a_storage_that_stumbles_does_not_end_the_renewing(
@@ -364,22 +394,38 @@ def test_a_storage_that_stumbles_does_not_end_the_renewing(
     assert len(failed) == 2
 
 
-def test_the_latest_receipt_is_that_of_the_run_that_finished_last(
-    run: Callable[..., Receipt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_latest_receipt_is_that_of_the_stage_last_done_or_found_done(
+    run: Callable[..., Receipt], tmp_path: Path
 ) -> None:
-    clock = iter(range(1000, 2000, 10))
-    monkeypatch.setattr(stage.time, "time", lambda: float(next(clock)))
     receipts = [run(Body(), PrepareConfig(seed=seed)) for seed in (3, 1, 2)]
-    Folder(f"{tmp_path}/prepare/unfinished").write(STARTED, b"{}")
-    assert latest_receipt(str(tmp_path), "prepare") == receipts[-1]
-    run(Body(), PrepareConfig(seed=1), again=True)
-    assert latest_receipt(str(tmp_path), "prepare").fingerprint == receipts[1].fingerprint
+    assert latest_receipt(str(tmp_path), "prepare") == receipts[2]
+    assert run(Body(), PrepareConfig(seed=1)).cached
+    assert latest_receipt(str(tmp_path), "prepare") == receipts[1]
+    with pytest.raises(RuntimeError, match="failed"):
+        run(Body(fails), PrepareConfig(seed=9))
+    assert latest_receipt(str(tmp_path), "prepare") == receipts[1]
 
 
-def test_where_no_run_has_finished_the_command_to_run_is_named(tmp_path: Path) -> None:
-    Folder(f"{tmp_path}/train/unfinished").write(STARTED, b"{}")
-    with pytest.raises(RepsepError, match="run `repsep train`"):
-        latest_receipt(str(tmp_path), "train")
+def test_a_stage_in_passing_is_not_what_the_next_one_takes(run: Callable[..., Receipt], tmp_path: Path) -> None:
+    first = run(Body())
+    for _ in range(2):  # done, then found done
+        run(Body(), PrepareConfig(seed=1), latest=False)
+        assert latest_receipt(str(tmp_path), "prepare") == first
+
+
+def test_where_no_run_has_finished_the_command_to_run_is_named(run: Callable[..., Receipt], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="failed"):
+        run(Body(fails))
+    with pytest.raises(RepsepError, match="run `repsep prepare`"):
+        latest_receipt(str(tmp_path), "prepare")
+
+
+def test_what_was_recorded_at_the_start_can_be_replaced(run: Callable[..., Receipt]) -> None:
+    body = Body(lambda r: r.restart({"mlflow_run": "run-2"}))
+    folder = run(body, begin=lambda: {"mlflow_run": "run-1"}).folder
+    found = json.loads(folder.read(STARTED))
+    assert found["mlflow_run"] == "run-2"
+    assert time.time() - found["started_at"] < 60
 
 
 def test_no_secret_of_the_environment_is_written(

@@ -39,6 +39,7 @@ BASE = TrainConfig.model_validate(
         "runtime": {"workers": 3, "loader_threads": 1},
     }
 )
+DATASET = "s3://bucket/prepared"
 CONFIG = SweepConfig.model_validate({"trials": 40, "steps": 100, "validate_every": 25, "holdout": 0.3})
 
 
@@ -144,7 +145,7 @@ def finished(tmp_path: Path, base: TrainConfig, winner: int, **recipe: Any) -> t
     trials = [Trial(point, 0.2 + 0.1 * number, 100) for number, point in enumerate(points(config, base))]
     trials[1] = Trial(trials[1].point, float("nan"), 0, "RuntimeError: out of memory")
     trials[2] = Trial(trials[2].point, 0.25, 40)
-    run = StageRun(Folder(str(tmp_path / "sweep")), "f" * 64, {})
+    run = StageRun(Folder(str(tmp_path / "sweep")), "f" * 64, {}, {"dataset": DATASET})
     whole = Recipe.model_validate(recipe | {"train": base.model_dump()})
     _write_results(run, trials, trials[winner], str(tmp_path / "work"), whole, Silent())  # type: ignore[arg-type]
     return Receipt("sweep", "f" * 64, run.folder.uri, {}, {}, {}, 0.0, 0.0, "d"), trials
@@ -154,7 +155,7 @@ def test_the_winner_is_trained_as_the_recipe_says_with_its_model_weights_and_rat
     receipt, trials = finished(tmp_path, BASE, 3)
     won = trials[3].point.config
     found = best_train(receipt, BASE)
-    assert found == BASE.model_copy(update={"model": won.model, "loss": won.loss, "lr": won.lr})
+    assert found == BASE.model_copy(update={"model": won.model, "loss": won.loss, "lr": won.lr, "dataset": DATASET})
     assert (found.steps, found.holdout, found.runtime.workers) == (900, 0.0, 3)
 
 
@@ -170,8 +171,9 @@ def test_best_yaml_is_a_recipe_that_train_takes_unchanged(tmp_path: Path) -> Non
 @pytest.mark.parametrize("base", [BASE, TrainConfig()], ids=["recipe", "all defaults"])
 def test_where_the_default_wins_best_yaml_is_the_recipe_itself(tmp_path: Path, base: TrainConfig) -> None:
     receipt, _ = finished(tmp_path, base, 0)
-    assert best_train(receipt, base) == base
-    assert load_recipe(tmp_path / "sweep" / BEST).train == base
+    expected = base.model_copy(update={"dataset": DATASET})
+    assert best_train(receipt, base) == expected
+    assert load_recipe(tmp_path / "sweep" / BEST).train == expected
 
 
 def test_best_yaml_takes_the_runtime_of_who_reads_it(tmp_path: Path) -> None:
@@ -183,7 +185,13 @@ def test_best_yaml_takes_the_runtime_of_who_reads_it(tmp_path: Path) -> None:
 def test_best_yaml_states_only_what_differs_from_the_defaults(tmp_path: Path) -> None:
     receipt, _ = finished(tmp_path, TrainConfig(), 3)
     section = yaml.safe_load(receipt.folder.read(BEST))["train"]
-    assert set(section) == {"model", "loss", "lr"}
+    assert set(section) == {"model", "loss", "lr", "dataset"}
+
+
+def test_best_yaml_holds_no_password_of_a_database(tmp_path: Path) -> None:
+    tracking = {"uri": "postgresql://mlflow:hunter2@db/mlflow", "experiment": "streets"}
+    receipt, _ = finished(tmp_path, BASE, 3, tracking=tracking)
+    assert yaml.safe_load(receipt.folder.read(BEST))["tracking"] == {"experiment": "streets"}
 
 
 def test_the_table_is_best_first_and_says_why_a_trial_failed() -> None:
