@@ -37,7 +37,7 @@ from pipelines.config import Recipe, SegmentConfig
 from pipelines.errors import RepsepError, UsageError
 from pipelines.models import FetchedModel, fetch_model
 from pipelines.progress import Progress, say
-from pipelines.segment_steps import TODO_SCHEMA, CommitMasks, CommitSettings, ReadImages, SegmentImages, failed_row
+from pipelines.segment_steps import LISTED_SCHEMA, CommitMasks, CommitSettings, ReadImages, SegmentImages, failed_row
 from pipelines.stage import Receipt, StageRun, digest_of, run_stage
 from pipelines.storage import Entry, Folder, absolute_uri
 from repsep_model.checkpoint import load_classes
@@ -246,7 +246,7 @@ class _Job:
         context.print_on_execution_start = False
         size = runtime.batch_size
         rows = [{"key": e.key, "etag": e.etag, "size": e.size} for e in todo]
-        blocks = [pa.Table.from_pylist(rows[i : i + size], schema=TODO_SCHEMA) for i in range(0, len(rows), size)]
+        blocks = [pa.Table.from_pylist(rows[i : i + size], schema=LISTED_SCHEMA) for i in range(0, len(rows), size)]
         # Ray Data's default is to retry without end. Ray 2.60 deprecates every way to say so and names no other yet.
         warnings.filterwarnings("ignore", message="`ray_remote_args", category=RayDeprecationWarning)
         task: dict[str, Any] = {
@@ -361,7 +361,7 @@ def _commit(labels: pa.Table, settings: CommitSettings) -> pa.Table:
 def _segment_one(
     row: dict[str, Any], files: dict[str, bytes], source: str, config: SegmentConfig, settings: CommitSettings
 ) -> dict[str, Any]:
-    todo = pa.Table.from_pylist([row], schema=TODO_SCHEMA)
+    todo = pa.Table.from_pylist([row], schema=LISTED_SCHEMA)
     labels = SegmentImages(files, config)(_read(todo, source, config))
     found: list[dict[str, Any]] = _commit(labels, settings).to_pylist()
     return found[0]

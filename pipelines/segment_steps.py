@@ -28,10 +28,10 @@ from repsep_model.inference import canvas_multiple, fill_colour, segment_batch, 
 from repsep_model.transforms import canvas
 
 IO_THREADS = 8
-TODO_SCHEMA = pa.schema([("key", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
+LISTED_SCHEMA = pa.schema([("key", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
 IMAGE_SCHEMA = pa.schema(
     [
-        *TODO_SCHEMA,
+        *LISTED_SCHEMA,
         ("pixels", pa.large_binary()),  # (H, W, 3) uint8
         ("height", pa.int32()),
         ("width", pa.int32()),
@@ -46,7 +46,7 @@ LABEL_SCHEMA = pa.schema([*IMAGE_SCHEMA, ("confidence", pa.large_binary())]).set
 
 
 class ReadImages:
-    """TODO rows -> decoded images."""
+    """Listed objects -> decoded images."""
 
     def __init__(self, source: str, config: SegmentConfig) -> None:
         self.source, self.config = Folder(source), config

@@ -23,7 +23,7 @@ from pipelines.config import SegmentConfig, TrackingConfig
 from pipelines.errors import RepsepError
 from pipelines.models import fetch_model, load_files
 from pipelines.segment_steps import (
-    TODO_SCHEMA,
+    LISTED_SCHEMA,
     CommitMasks,
     CommitSettings,
     ReadImages,
@@ -87,7 +87,7 @@ def config_of(**settings: Any) -> SegmentConfig:
 
 
 def todo(*keys: str) -> pa.Table:
-    return pa.Table.from_pylist([{"key": key, "etag": "v1", "size": 1} for key in keys], schema=TODO_SCHEMA)
+    return pa.Table.from_pylist([{"key": key, "etag": "v1", "size": 1} for key in keys], schema=LISTED_SCHEMA)
 
 
 def blocks(number: int, height: int, width: int) -> np.ndarray:
