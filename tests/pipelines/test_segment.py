@@ -99,6 +99,9 @@ def test_new_and_changed_images_are_taken_and_failed_ones_only_when_asked(
     source.write("a/truncated.jpg", one.read_bytes())  # mended: a new version, so it is taken
     receipt = run(workspace, asked(recipe, bucket, trained, retry_failed=True))
     assert (receipt.results["ok"], receipt.results["failed"], receipt.results["failed_rows"]) == (1, 1, 1)
+    source.delete("empty.png")  # what is not there any more is no failure of today
+    receipt = run(workspace, asked(recipe, bucket, trained))
+    assert (receipt.results["ok"], receipt.results["failed_rows"]) == (0, 0)
 
 
 def test_another_model_on_the_same_output_is_refused_until_overwrite(
@@ -116,6 +119,17 @@ def test_a_dry_run_counts_and_writes_nothing(bucket: str, trained: Receipt, reci
     assert isinstance(plan, Plan)
     assert (plan.listed, len(plan.todo), plan.skipped, plan.done) == (9, 9, 1, 0)
     assert not list(Folder(f"s3://{bucket}/in").list("labelled"))
+
+
+def test_a_mistyped_source_leaves_the_output_alone_even_with_overwrite(
+    s3: str, trained: Receipt, recipe: Recipe, workspace: str
+) -> None:
+    target = Folder(f"s3://{s3}/in/labelled")
+    Output(target).claim({"model": "another"}, {"classes": []}, overwrite=False)
+    target.write("masks/a.jpg.png", b"its mask")
+    with pytest.raises(UsageError, match="holds no image"):
+        segment(workspace, asked(recipe, s3, trained, overwrite=True))
+    assert target.read("masks/a.jpg.png") == b"its mask"
 
 
 def test_an_empty_prefix_says_what_was_found(s3: str, trained: Receipt, recipe: Recipe, workspace: str) -> None:
