@@ -7,8 +7,10 @@ seeds on all of train and compared on val.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -239,7 +241,9 @@ def _tune(
         )
     by_name = {p.name: p for p in what}
     found = {}
-    for result in tuner.fit():  # type: ignore[attr-defined] # it is iterable through __getitem__
+    with contextlib.redirect_stdout(sys.stderr):  # Tune prints its settings; stdout is for the receipt
+        results = tuner.fit()
+    for result in results:  # type: ignore[attr-defined] # it is iterable through __getitem__
         point = by_name[result.config["point"]["name"]]
         metrics = result.metrics or {}
         if "best_miou" in metrics and result.error is None:
