@@ -22,8 +22,8 @@ from pathlib import Path
 
 from pipelines.config import load_recipe
 from pipelines.errors import RepsepError, UsageError
+from pipelines.prepare import generated_scenes
 from pipelines.progress import say
-from pipelines.scenes import write_scenes
 from pipelines.stage import Receipt
 from pipelines.storage import Folder
 from pipelines.tracking import tracking_uri
@@ -53,7 +53,7 @@ def run_demo(data: str | None, folder: str, settings: tuple[str, ...]) -> Iterat
     environment = {"REPSEP_HOME": str(home), "RAY_ADDRESS": "local", "MLFLOW_TRACKING_URI": ""}
     bucket_folder = home / "s3" / BUCKET
     with _environment(environment), loopback_s3(home / "s3"):
-        source = Path(data).resolve() if data is not None else _scenes(home)
+        source = Path(data).resolve() if data is not None else generated_scenes(0)
         name = source.name if data is not None else "scenes"
         # Two folders of one name must not share a bucket.
         place = f"{name}-{hashlib.sha256(str(source).encode()).hexdigest()[:6]}" if data is not None else name
@@ -161,12 +161,6 @@ def _fill_bucket(images: Path, uri: str) -> None:
     for path in missing:
         target.write(path.relative_to(images).as_posix(), path.read_bytes())
     say(f"bucket: {uri} holds {len(there) + len(missing)} images")
-
-
-def _scenes(home: Path) -> Path:
-    folder = home / "scenes-0"
-    write_scenes(folder)
-    return folder
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ class Reject:
 
 def prepare(workspace: str, config: PrepareConfig) -> Receipt:
     """Run the stage. Raises RepsepError if too many pairs are rejected, UsageError for a source that is no dataset."""
-    source = Folder(config.source) if config.source is not None else Folder(str(_scenes(config.seed)))
+    source = Folder(config.source) if config.source is not None else Folder(str(generated_scenes(config.seed)))
     entries = [
         (e.key, e.size, e.etag)
         for e in source.list()
@@ -325,7 +326,8 @@ def _write_rejects(folder: Folder, rejects: list[Reject]) -> None:
     folder.write("rejects.parquet", out.getvalue())
 
 
-def _scenes(seed: int) -> Any:
+def generated_scenes(seed: int) -> Path:
+    """The folder of generated scenes in `home()`, written if it is not there."""
     folder = home() / f"scenes-{seed}"
     write_scenes(folder, seed=seed)
     return folder

@@ -7,7 +7,6 @@ Shapes: K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,14 +77,6 @@ def scores_from_counts(intersection: Counts, predicted: Counts, labelled: Counts
         fwiou = float(np.nansum(iou * labelled) / total) if total else float("nan")
         aacc = float(intersection.sum() / total) if total else float("nan")
     return Scores(_nanmean(iou), _nanmean(acc), aacc, fwiou, _nanmean(dice), iou, acc, dice, int((union > 0).sum()))
-
-
-def score_table(scores: Scores, names: Sequence[str]) -> str:
-    """A plain-text table, a line for each class."""
-    width = max(len("class"), *map(len, names))
-    lines = [f"{'class':<{width}}    IoU    acc"]
-    lines += [f"{n:<{width}}  {i:5.3f}  {a:5.3f}" for n, i, a in zip(names, scores.iou, scores.acc, strict=True)]
-    return "\n".join(lines)
 
 
 def _nanmean(values: NDArray[np.float64]) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from repsep_model import ConfusionMatrix
 from repsep_model.labels import IGNORE_INDEX
-from repsep_model.metrics import Scores, score_table, scores_from_counts
+from repsep_model.metrics import Scores, scores_from_counts
 
 K = 5
 
@@ -148,13 +148,3 @@ def test_scores_follow_from_the_counts_per_class_alone() -> None:
     counts = confusion.counts.numpy()
     direct: Scores = scores_from_counts(np.diag(counts), counts.sum(axis=0), counts.sum(axis=1))
     assert direct.means() == confusion.scores().means()
-
-
-def test_table_has_a_line_for_each_class() -> None:
-    scores = matrix(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 0])).scores()
-    table = score_table(scores, ["road", "traffic light", "a", "b", "c"]).splitlines()
-    assert len(table) == 1 + K
-    assert table[1].split() == ["road", "0.667", "1.000"]
-    assert table[2].split() == ["traffic", "light", "0.500", "0.500"]
-    assert table[3].split() == ["a", "nan", "nan"]
-    assert len({len(line) for line in table}) == 1
