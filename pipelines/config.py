@@ -61,10 +61,12 @@ class ModelConfig(Section):
     drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth of the backbone")
     local_pathway: bool = Field(True, description="the second pathway that restores local detail")
     local_discrepancy: bool = Field(True, description="the pathway's discrepancy term")
+    uniform_smoothing: bool = Field(False, description="plain neighbourhood means instead of learned ones (a control)")
     separation: Literal["none", "local", "region"] = Field(
         "region", description="how deep representations are separated"
     )
     cross_attention: int = Field(1, ge=0, description="layers of discriminative cross-attention")
+    attention_supervision: bool = Field(True, description="losses on the attention and its regions")
     window: int = Field(512, ge=32, description="side of the sliding window for large images")
 
 

@@ -15,7 +15,9 @@ Separation = Literal["none", "local", "region"]
 class SegmentorConfig:
     """Architecture of a `Segmentor`; every field is an ablation switch or a size.
 
-    The baseline "backbone + linear head" is `local_pathway=False, separation="none", cross_attention=0`.
+    The baseline "backbone + linear head" is `local_pathway=False, separation="none", cross_attention=0`. Controls, each
+    of which takes one idea away and leaves the rest: `local_discrepancy=False`, `uniform_smoothing=True`,
+    `attention_supervision=False`.
     """
 
     backbone: str
@@ -40,13 +42,20 @@ class SegmentorConfig:
     """The second pathway that restores local detail."""
 
     local_discrepancy: bool = True
-    """The pathway's discrepancy term; False is the control with the same parameters, but for its depthwise kernels."""
+    """The pathway's discrepancy term; False is the control of the same parameters and cost that is given the
+    neighbourhood's mean in its place."""
+
+    uniform_smoothing: bool = False
+    """The control whose neighbourhood means, those of the pathway and of `local` separation, are plain averages."""
 
     separation: Separation = "region"
     """How deep representations are separated: `none`, `local` or `region`."""
 
     cross_attention: int = 1
     """Layers of discriminative cross-attention; 0 leaves it out."""
+
+    attention_supervision: bool = True
+    """Whether training sees what the attention and region losses need; False is the control without them."""
 
     mean: tuple[float, float, float] | None = None
     """Per-channel mean in 0..1; by default what the backbone was trained with."""

@@ -20,14 +20,20 @@ UNSHUFFLE = 4  # the stem starts at stride 4: 3-channel convolutions at full res
 class LocalDiscrepancy(nn.Module):
     """u minus the mean of its neighbourhood, (B, D, h, w) -> (B, D, h, w).
 
-    The depthwise kernel is a delta minus a softmax of learned weights, so it sums to zero by construction and a
-    constant map gives exactly 0.
+    The depthwise kernel is a delta minus a softmax of learned weights (of zeros where it is `uniform`), so it sums to
+    zero by construction and a constant map gives exactly 0.
     """
 
-    def __init__(self, width: int, size: int = 3) -> None:
+    weights: Tensor
+
+    def __init__(self, width: int, size: int = 3, *, uniform: bool = False) -> None:
         super().__init__()
         self.size = size
-        self.weights = nn.Parameter(torch.zeros(width, size * size))
+        weights = torch.zeros(width, size * size)
+        if uniform:
+            self.register_buffer("weights", weights, persistent=False)
+        else:
+            self.weights = nn.Parameter(weights)
 
     def forward(self, u_BDhw: Tensor) -> Tensor:
         # A zero-sum kernel ignores any constant per channel; taking one out first makes a constant map exactly 0 and
@@ -39,13 +45,25 @@ class LocalDiscrepancy(nn.Module):
 
 
 class LocalSeparationBlock(nn.Module):
-    """P, T_m -> P: bring the tap to the pathway, enhance its local discrepancy where a gate says so, refine."""
+    """P, T_m -> P: bring the tap to the pathway, enhance its local discrepancy where a gate says so, refine.
 
-    def __init__(self, width: int, tap_channels: int, *, discrepancy: bool, layer_scale: float = 0.1) -> None:
+    With `enhance_discrepancy` off the neighbourhood's mean takes the discrepancy's place: the same parameters and cost.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        tap_channels: int,
+        *,
+        enhance_discrepancy: bool = True,
+        uniform_smoothing: bool = False,
+        layer_scale: float = 0.1,
+    ) -> None:
         super().__init__()
+        self.enhance_discrepancy = enhance_discrepancy
         self.tap_norm = ChannelNorm(tap_channels)
         self.tap = nn.Conv2d(tap_channels, width, 1)
-        self.discrepancy = LocalDiscrepancy(width) if discrepancy else None
+        self.discrepancy = LocalDiscrepancy(width, uniform=uniform_smoothing)
         self.gate = nn.Conv2d(2 * width, width, 1)
         self.mix = nn.Conv2d(width, width, 5, padding=2, groups=width)
         self.norm = ChannelNorm(width)
@@ -54,8 +72,9 @@ class LocalSeparationBlock(nn.Module):
 
     def forward(self, p_BDhw: Tensor, tap: Tensor) -> Tensor:
         u = p_BDhw + resize(self.tap(self.tap_norm(tap)), (p_BDhw.shape[-2], p_BDhw.shape[-1]))
-        # The control without discrepancy keeps the gate and its parameters: it enhances u itself.
-        d = self.discrepancy(u) if self.discrepancy is not None else u
+        d = self.discrepancy(u)
+        if not self.enhance_discrepancy:
+            d = u - d
         u = u + torch.sigmoid(self.gate(torch.cat([u, d], dim=1))) * d
         out: Tensor = p_BDhw + self.gamma * self.mlp(self.norm(self.mix(u)))
         return out
@@ -64,7 +83,15 @@ class LocalSeparationBlock(nn.Module):
 class LocalPathway(nn.Module):
     """Images and taps -> P_4, (B, D, H/s, W/s)."""
 
-    def __init__(self, width: int, stride: int, tap_channels: Sequence[int], *, discrepancy: bool = True) -> None:
+    def __init__(
+        self,
+        width: int,
+        stride: int,
+        tap_channels: Sequence[int],
+        *,
+        enhance_discrepancy: bool = True,
+        uniform_smoothing: bool = False,
+    ) -> None:
         super().__init__()
         hidden = max(width // 2, 32)
         self.stem = nn.Sequential(
@@ -74,7 +101,10 @@ class LocalPathway(nn.Module):
             nn.GELU(),
             nn.Conv2d(hidden, width, 3, stride=stride // UNSHUFFLE, padding=1),
         )
-        self.blocks = nn.ModuleList(LocalSeparationBlock(width, c, discrepancy=discrepancy) for c in tap_channels)
+        self.blocks = nn.ModuleList(
+            LocalSeparationBlock(width, c, enhance_discrepancy=enhance_discrepancy, uniform_smoothing=uniform_smoothing)
+            for c in tap_channels
+        )
 
     def forward(self, images_B3HW: Tensor, taps: Sequence[Tensor]) -> Tensor:
         p_BDhw: Tensor = self.stem(images_B3HW)

@@ -86,21 +86,34 @@ class Segmentor(nn.Module):
         self.config = config
         width, classes = config.width, config.num_classes
         self.multiple = math.lcm(backbone.multiple, config.stride)
+        """Sides of the padded image are multiples of this."""
+        if backbone.window is not None and self.multiple != backbone.window:
+            raise ValueError(
+                f"backbone {config.backbone!r} takes {backbone.window} x {backbone.window} pixels only, which stride "
+                f"{config.stride} does not divide; give backbone_args: {{img_size: ...}} a multiple of both"
+            )
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1) * 255, persistent=False)
 
         self.backbone = backbone
-        local = config.local_pathway
-        discrepancy = config.local_discrepancy
+        local, uniform = config.local_pathway, config.uniform_smoothing
         self.local_pathway = (
-            LocalPathway(width, config.stride, backbone.channels, discrepancy=discrepancy) if local else None
+            LocalPathway(
+                width,
+                config.stride,
+                backbone.channels,
+                enhance_discrepancy=config.local_discrepancy,
+                uniform_smoothing=uniform,
+            )
+            if local
+            else None
         )
         self.fuse = nn.Sequential(ChannelNorm(backbone.channels[-1]), nn.Conv2d(backbone.channels[-1], width, 1))
         self.fuse_norm = ChannelNorm(width)
         context = width if local else 0
         self.separation: nn.Module | None = None
         if config.separation == "local":
-            self.separation = LocalSeparation(width, context)
+            self.separation = LocalSeparation(width, context, uniform=uniform)
         elif config.separation == "region":
             self.separation = RegionSeparation(width, context)
         layers = config.cross_attention
@@ -110,7 +123,8 @@ class Segmentor(nn.Module):
         # Training only, except that region separation reads the coarse logits.
         self.local_head = nn.Conv2d(width, classes, 1) if local else None
         self.coarse_head = nn.Conv2d(width, classes, 1) if config.separation != "none" else None
-        self.identity_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1)) if layers else None
+        supervised = layers > 0 and config.attention_supervision
+        self.identity_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1)) if supervised else None
         self.embedding_head = nn.Conv2d(width, EMBEDDING, 1) if config.separation != "none" else None
 
     def forward(self, images: Tensor) -> SegmentorOutput:
@@ -143,16 +157,17 @@ class Segmentor(nn.Module):
             logits = logits + regions.scores_BKhw
         if not self.training:
             return logits, None
+        supervised = regions if self.config.attention_supervision else None
         return logits, SegmentorAux(
             stride=self.config.stride,
             grid=(logits.shape[-2], logits.shape[-1]),
             local_BKhw=self.local_head(local).float() if self.local_head is not None else None,
             coarse_BKhw=coarse.float() if coarse is not None else None,
-            attention_BKhw=regions.attention_BKhw if regions else None,
-            identity_BK=self.identity_head(regions.regions_BKD).squeeze(2).float()
-            if regions and self.identity_head is not None
+            attention_BKhw=supervised.attention_BKhw if supervised else None,
+            identity_BK=self.identity_head(supervised.regions_BKD).squeeze(2).float()
+            if supervised and self.identity_head is not None
             else None,
-            regions_BKD=regions.regions_BKD.float() if regions else None,
+            regions_BKD=supervised.regions_BKD.float() if supervised else None,
             embedding_BEhw=self.embedding_head(features.separated_BDhw).float()
             if self.embedding_head is not None
             else None,

@@ -17,15 +17,15 @@ from repsep_model.layers import ChannelNorm
 class LocalSeparation(nn.Module):
     """F' = norm(F + alpha * lambda * (F - B) + rho * (F - mean F)), B a content-adaptive smoothing of F.
 
-    Starts as the identity (before the norm): lambda and rho are 0.
+    Starts as the identity (before the norm): lambda and rho are 0. With `uniform`, B is the plain neighbourhood mean.
     """
 
-    def __init__(self, width: int, context: int, *, size: int = 5, groups: int = 4) -> None:
+    def __init__(self, width: int, context: int, *, size: int = 5, groups: int = 4, uniform: bool = False) -> None:
         super().__init__()
         if width % groups:
             raise ValueError(f"local separation needs a width divisible by {groups}, got {width}")
         self.size, self.groups = size, groups
-        self.kernel = nn.Conv2d(width, groups * size * size, 1)
+        self.kernel = None if uniform else nn.Conv2d(width, groups * size * size, 1)
         self.alpha = nn.Conv2d(width + context, 1, 1)
         self.lambda_ = nn.Parameter(torch.zeros(width, 1, 1))
         self.rho = nn.Parameter(torch.zeros(width, 1, 1))
@@ -34,6 +34,8 @@ class LocalSeparation(nn.Module):
     def smooth(self, f_BDhw: Tensor) -> Tensor:
         """B: each location's own softmax kernel over its size x size neighbourhood."""
         B, D, h, w = f_BDhw.shape
+        if self.kernel is None:
+            return F.avg_pool2d(F.pad(f_BDhw, [self.size // 2] * 4, mode="replicate"), self.size, stride=1)
         weights = self.kernel(f_BDhw).view(B, self.groups, 1, self.size**2, h, w).softmax(dim=3)
         padded = F.pad(f_BDhw, [self.size // 2] * 4, mode="replicate").view(
             B, self.groups, D // self.groups, h + self.size - 1, -1

@@ -3,7 +3,6 @@
 Shapes: B batch, C channels, H x W pixels, h x w grid.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -13,23 +12,16 @@ from torch import Tensor, nn
 
 from repsep_model import backbone as backbone_module
 from repsep_model.backbone import Backbone, _plain_taps
+from tests.model.tiny import FAMILIES
 
 SMALL = {"depth": 4, "embed_dim": 48, "num_heads": 3}
-FAMILIES: dict[str, Mapping[str, Any]] = {
-    "vit_tiny_patch16_224": SMALL,
-    "deit3_small_patch16_224": SMALL,
-    "eva02_tiny_patch14_224": SMALL,
-    "vit_small_patch14_reg4_dinov2": SMALL,
-    "vit_small_patch16_dinov3": SMALL,
-    "pvt_v2_b0": {"embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 1, 1)},
-    "swin_tiny_patch4_window7_224": {"embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4)},
-    "convnext_atto": {"dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1)},
-}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_four_maps_have_the_announced_channels_and_strides_on_a_non_square_image(name: str) -> None:
-    backbone = Backbone(name, args=FAMILIES[name]).eval()
+@pytest.mark.parametrize(("name", "args"), FAMILIES.values(), ids=FAMILIES)
+def test_four_maps_have_the_announced_channels_and_strides_on_a_non_square_image(
+    name: str, args: dict[str, Any]
+) -> None:
+    backbone = Backbone(name, args=args).eval()
     height, width = 2 * backbone.multiple, 3 * backbone.multiple
     with torch.no_grad():
         maps = backbone(torch.randn(2, 3, height, width))
@@ -38,10 +30,10 @@ def test_four_maps_have_the_announced_channels_and_strides_on_a_non_square_image
     assert len(maps) == 4
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_parameter_left_in_a_backbone_gets_a_gradient(name: str) -> None:
+@pytest.mark.parametrize(("name", "args"), FAMILIES.values(), ids=FAMILIES)
+def test_every_parameter_left_in_a_backbone_gets_a_gradient(name: str, args: dict[str, Any]) -> None:
     """An unused parameter stops data-parallel training at its second step."""
-    backbone = Backbone(name, args=FAMILIES[name]).train()
+    backbone = Backbone(name, args=args).train()
     maps = backbone(torch.randn(1, 3, 2 * backbone.multiple, 2 * backbone.multiple))
     torch.stack([m.square().sum() for m in maps]).sum().backward()
     assert [n for n, p in backbone.named_parameters() if p.grad is None] == []
@@ -103,3 +95,8 @@ def test_model_without_intermediate_maps_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(backbone_module, "_create", lambda *_args, **_kwargs: nn.Linear(1, 1))
     with pytest.raises(ValueError, match="gives no intermediate maps"):
         Backbone("vit_tiny_patch16_224", args={})
+
+
+def test_a_model_for_one_oblong_size_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"is built for 64 x 96 pixels only; give a square img_size"):
+        Backbone("beit_base_patch16_224", args=SMALL | {"img_size": (64, 96)})

@@ -82,23 +82,23 @@ def test_pathway_gives_one_location_per_stride_whatever_the_taps_strides(stride:
 
 
 def test_block_with_no_layer_scale_is_the_identity() -> None:
-    block = LocalSeparationBlock(8, 6, discrepancy=True, layer_scale=0.0)
+    block = LocalSeparationBlock(8, 6, layer_scale=0.0)
     p = torch.randn(1, 8, 4, 4)
     torch.testing.assert_close(block(p, torch.randn(1, 6, 2, 2)), p, rtol=0, atol=0)
 
 
 def test_block_starts_close_to_the_identity() -> None:
     torch.manual_seed(0)
-    block = LocalSeparationBlock(8, 6, discrepancy=True)
+    block = LocalSeparationBlock(8, 6)
     assert block.gamma.unique().tolist() == pytest.approx([0.1])
     p = torch.randn(1, 8, 4, 4)
     change = (block(p, torch.randn(1, 6, 2, 2)) - p).abs().mean()
     assert 0 < change < 0.2 * p.abs().mean()
 
 
-@pytest.mark.parametrize("discrepancy", [True, False])
-def test_images_and_every_tap_reach_the_output(discrepancy: bool) -> None:
-    pathway = LocalPathway(16, 8, [6, 6, 6, 6], discrepancy=discrepancy)
+@pytest.mark.parametrize("switches", [{}, {"enhance_discrepancy": False}, {"uniform_smoothing": True}])
+def test_images_and_every_tap_reach_the_output(switches: dict[str, bool]) -> None:
+    pathway = LocalPathway(16, 8, [6, 6, 6, 6], **switches)
     images = torch.randn(1, 3, 32, 32, requires_grad=True)
     taps = [torch.randn(1, 6, 2, 2, requires_grad=True) for _ in range(4)]
     pathway(images, taps).square().sum().backward()
@@ -108,18 +108,28 @@ def test_images_and_every_tap_reach_the_output(discrepancy: bool) -> None:
     assert [n for n, p in pathway.named_parameters() if p.grad is None] == []
 
 
-def test_control_without_discrepancy_lacks_only_the_discrepancys_weights() -> None:
-    with_term = dict(LocalPathway(16, 8, [6] * 4).named_parameters())
-    without = dict(LocalPathway(16, 8, [6] * 4, discrepancy=False).named_parameters())
-    lacking = {f"blocks.{m}.discrepancy.weights" for m in range(4)}
-    assert set(with_term) - set(without) == lacking
-    assert set(without) < set(with_term)
-
-
-def test_discrepancy_term_changes_the_output() -> None:
+def test_control_without_discrepancy_has_the_same_parameters_and_enhances_the_neighbourhoods_mean() -> None:
     torch.manual_seed(0)
-    on = LocalPathway(16, 8, [6] * 4)
-    off = LocalPathway(16, 8, [6] * 4, discrepancy=False)
-    off.load_state_dict(on.state_dict(), strict=False)
+    on, off = LocalPathway(16, 8, [6] * 4), LocalPathway(16, 8, [6] * 4, enhance_discrepancy=False)
+    off.load_state_dict(on.state_dict())  # strict: names and shapes are the same
+    block = off.blocks[0]
+    assert isinstance(block, LocalSeparationBlock)
+    seen: list[Tensor] = []
+    block.gate.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    p, tap = torch.randn(1, 16, 4, 4), torch.randn(1, 6, 4, 4)
+    block(p, tap)
+    u, d = seen[0].chunk(2, dim=1)
+    torch.testing.assert_close(d, u - block.discrepancy(u))
     images, taps = torch.randn(1, 3, 32, 32), [torch.randn(1, 6, 2, 2) for _ in range(4)]
     assert not torch.allclose(on(images, taps), off(images, taps))
+
+
+def test_uniform_control_lacks_only_the_kernels_and_subtracts_the_mean_of_nine() -> None:
+    learned = dict(LocalPathway(16, 8, [6] * 4).named_parameters())
+    uniform = dict(LocalPathway(16, 8, [6] * 4, uniform_smoothing=True).named_parameters())
+    assert set(learned) - set(uniform) == {f"blocks.{m}.discrepancy.weights" for m in range(4)}
+    assert set(uniform) < set(learned)
+    u = torch.randn(1, 4, 5, 6)
+    padded = F.pad(u, [1] * 4, mode="replicate")
+    mean = torch.stack([padded[..., y : y + 5, x : x + 6] for y in range(3) for x in range(3)]).mean(dim=0)
+    torch.testing.assert_close(LocalDiscrepancy(4, uniform=True)(u), u - mean)

@@ -29,6 +29,9 @@ SWITCHES = [
     {"local_pathway": False},
     {"local_pathway": False, "separation": "local", "cross_attention": 0},
     {"local_discrepancy": False},
+    {"uniform_smoothing": True},
+    {"uniform_smoothing": True, "separation": "local"},
+    {"attention_supervision": False},
     {"cross_attention": 2},
 ]
 
@@ -234,15 +237,45 @@ def test_parts_added_to_vit_large_stay_under_25_million_parameters() -> None:
     assert added < 25_000_000
 
 
-def test_cost_on_vit_base_is_at_most_a_quarter_more_than_a_linear_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+def gigaflops(monkeypatch: pytest.MonkeyPatch, backbone: str, **switches: Any) -> float:
+    """Of one 512 x 512 image with 150 classes, a multiplication and an addition counted as two."""
     monkeypatch.setattr(torch, "autocast", lambda *_args, **_kwargs: contextlib.nullcontext())  # meta has none
-    flops = []
-    for switches in ({}, BASELINE):
-        with torch.device("meta"):
-            model = build_segmentor(
-                SegmentorConfig(backbone="vit_base_patch16_224", num_classes=150, **switches)
-            ).eval()
-            with FlopCounterMode(display=False) as counter:
-                model.forward_stride(torch.zeros(1, 3, 512, 512))
-        flops.append(counter.get_total_flops())
-    assert flops[1] < flops[0] < 1.25 * flops[1]
+    with torch.device("meta"):
+        model = build_segmentor(SegmentorConfig(backbone=backbone, num_classes=150, **switches)).eval()
+        with FlopCounterMode(display=False) as counter:
+            model.forward_stride(torch.zeros(1, 3, 512, 512))
+    return counter.get_total_flops() / 1e9
+
+
+@pytest.mark.parametrize("separation", ["local", "region"])
+def test_cost_on_vit_base_is_at_most_a_quarter_more_than_a_linear_heads(
+    monkeypatch: pytest.MonkeyPatch, separation: str
+) -> None:
+    baseline = gigaflops(monkeypatch, "vit_base_patch16_224", **BASELINE)
+    assert 214 < baseline < 216
+    assert baseline < gigaflops(monkeypatch, "vit_base_patch16_224", separation=separation) < 1.25 * baseline
+
+
+@pytest.mark.parametrize(("backbone", "limit"), [("swin_tiny_patch4_window7_224", 62.4), ("pvt_v2_b0", 18.0)])
+def test_cost_on_pyramids_is_below_that_of_a_segformer_head(
+    monkeypatch: pytest.MonkeyPatch, backbone: str, limit: float
+) -> None:
+    assert gigaflops(monkeypatch, backbone) < limit
+
+
+def test_control_without_attention_supervision_lacks_only_what_its_losses_read() -> None:
+    model = tiny_segmentor(attention_supervision=False).train()
+    aux = model(random_images(1, 32, 32)).aux
+    assert aux is not None
+    assert {f.name for f in fields(aux) if getattr(aux, f.name) is None} == {
+        "attention_BKhw",
+        "identity_BK",
+        "regions_BKD",
+    }
+    assert set(tiny_segmentor().for_inference().state_dict()) == set(model.for_inference().state_dict())
+
+
+def test_a_fixed_size_that_the_stride_does_not_divide_is_refused() -> None:
+    args = {**VIT.backbone_args, "img_size": 70, "dynamic_img_size": False}
+    with pytest.raises(ValueError, match=r"takes 70 x 70 pixels only, which stride 8 does not divide"):
+        build_segmentor(replace(PATCH_14, backbone_args=args))

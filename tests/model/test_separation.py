@@ -38,6 +38,7 @@ def test_smoothing_equals_each_locations_own_softmax_kernel() -> None:
     module = LocalSeparation(8, 0, size=3, groups=2)
     f = torch.randn(2, 8, 4, 5)
     with torch.no_grad():
+        assert module.kernel is not None
         weights = module.kernel(f).view(2, 2, 9, 4, 5).softmax(dim=2)
         out = module.smooth(f)
     for y in range(4):
@@ -126,3 +127,13 @@ def test_output_is_normalised_over_channels(kind: type[LocalSeparation] | type[R
     out = module(3 + 5 * torch.randn(1, 8, 4, 5), torch.randn(1, 16, 4, 5), torch.randn(1, 3, 4, 5))
     torch.testing.assert_close(out.mean(dim=1), torch.zeros(1, 4, 5), rtol=0, atol=1e-5)
     torch.testing.assert_close(out.var(dim=1, correction=0), torch.ones(1, 4, 5), rtol=1e-3, atol=1e-3)
+
+
+def test_uniform_control_subtracts_the_plain_mean_and_has_no_kernel() -> None:
+    module = LocalSeparation(8, 0, size=3, uniform=True)
+    f = torch.randn(1, 8, 4, 5)
+    padded = nn.functional.pad(f, [1] * 4, mode="replicate")
+    mean = torch.stack([padded[..., y : y + 4, x : x + 5] for y in range(3) for x in range(3)]).mean(dim=0)
+    torch.testing.assert_close(module.smooth(f), mean)
+    kernel = {"kernel.weight", "kernel.bias"}
+    assert set(LocalSeparation(8, 0).state_dict()) - set(module.state_dict()) == kernel

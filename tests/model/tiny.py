@@ -1,4 +1,4 @@
-"""The small random segmentors of these tests: one plain ViT, one pyramid ViT.
+"""The small random segmentors of these tests: one plain ViT, one pyramid ViT, and one of each backbone family.
 
 Shapes: B batch, K classes, H x W pixels.
 """
@@ -26,6 +26,32 @@ PVT = SegmentorConfig(
     num_classes=K,
     width=16,
 )
+
+_PLAIN = {"depth": 4, "embed_dim": 48, "num_heads": 3}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ViT": ("vit_tiny_patch16_224", _PLAIN),
+    "DeiT3": ("deit3_small_patch16_224", _PLAIN),
+    "BEiT": ("beit_base_patch16_224", _PLAIN),
+    "BEiTv2 at 64": ("beitv2_base_patch16_224", _PLAIN | {"img_size": 64}),
+    "EVA-02": ("eva02_tiny_patch14_224", _PLAIN),
+    "DINOv2": ("vit_small_patch14_reg4_dinov2", _PLAIN),
+    "DINOv3": ("vit_small_patch16_dinov3", _PLAIN),
+    "Swin": (
+        "swin_tiny_patch4_window7_224",
+        {"embed_dim": 12, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 3, 4)},
+    ),
+    "PVTv2": ("pvt_v2_b0", {"embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 1, 1)}),
+    "ConvNeXt": ("convnext_atto", {"dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1)}),
+    "MaxViT": ("maxvit_tiny_tf_224", {"embed_dim": (32, 32, 64, 64), "depths": (1, 1, 1, 1), "stem_width": 16}),
+}
+"""timm's name and arguments of a small variant of each family: its own blocks and position encoding, few channels."""
+
+
+def family_segmentor(family: str, **changes: Any) -> Segmentor:
+    name, args = FAMILIES[family]
+    config = SegmentorConfig(backbone=name, backbone_args=args, num_classes=K, width=16, drop_path=0.0)
+    return tiny_segmentor(config, **changes)
 
 
 def tiny_segmentor(config: SegmentorConfig = VIT, *, seed: int = 0, **changes: Any) -> Segmentor:
