@@ -24,7 +24,7 @@ from pipelines.errors import StorageError
 from pipelines.models import load_files
 from pipelines.storage import Folder
 from repsep_model.images import ImageError, UInt8, decode_image, encode_grey, encode_mask
-from repsep_model.inference import canvas_multiple, fill_colour, segment_batch, segment_image
+from repsep_model.inference import canvas_multiple, fill_colour, fits_whole, segment_batch, segment_image
 from repsep_model.transforms import canvas
 
 IO_THREADS = 8
@@ -100,7 +100,7 @@ class SegmentImages:
 
     def _shape(self, row: dict[str, Any]) -> tuple[int, int]:
         """The canvas's size; (0, 0) for images that go by windows, each alone."""
-        if row["height"] * row["width"] > self.config.pixel_budget:
+        if not fits_whole(self.model, row["height"], row["width"], self.config.pixel_budget):
             return 0, 0
         multiple = canvas_multiple(self.model)
         return tuple(-(-row[side] // multiple) * multiple for side in ("height", "width"))

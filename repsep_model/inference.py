@@ -1,19 +1,21 @@
 """Images of any size to label maps: whole where they fit, otherwise by sliding windows in row bands.
 
 A window's logits stay at stride s; rows that no later window can reach are upsampled, reduced to labels and dropped, so
-the K x H x W logits never exist. A whole image is one window: both ways share every line.
-Shapes: B batch, K classes, H x W pixels, h x w grid at stride s.
+the K x H x W logits never exist. Scales and mirroring are further views of the same image: each gives its own rows of
+logits at the image's pixels, and their probabilities are averaged.
+Shapes: B batch, K classes, H x W pixels, h x w grid at stride s, R rows of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from repsep_model.images import UInt8
@@ -21,7 +23,7 @@ from repsep_model.segmentor import Segmentor, upsample_logits
 from repsep_model.transforms import canvas
 
 CANVAS = 32
-"""Canvas sides are multiples of this (and of the model's own), so that few shapes occur in a bucket of images."""
+"""Canvas sides are multiples of the first multiple of the model's own that reaches this: few shapes in a bucket."""
 
 PIXEL_BUDGET = 4 * 1024 * 1024
 """Images over this many pixels go by windows."""
@@ -37,28 +39,41 @@ class Segmentation:
     confidence: NDArray[np.float32]
 
 
+@torch.inference_mode()
 def segment_image(
     model: Segmentor,
     image: UInt8,
     *,
     pixel_budget: int = PIXEL_BUDGET,
     overlap: float = 0.25,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Segmentation:
     """Segment one (H, W, 3) uint8 image; over `pixel_budget` pixels by windows of `model.config.window`.
 
-    `overlap` is the share of a window that the next one covers again; `dtype` bfloat16 runs the model under autocast.
+    `overlap` is the share of a window that the next one covers again. The probabilities of all `scales` of the image,
+    and with `flip` of their mirror images, are averaged. `dtype` bfloat16 runs the model under autocast.
     """
     if model.training:  # drop path would make every call another
         raise ValueError("the model is in training mode; call model.eval(), or use model.for_inference()")
+    if not scales or min(scales) <= 0:
+        raise ValueError(f"scales must be one or more positive factors, got {tuple(scales)}")
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap is a share of a window, 0 or more and under 1, got {overlap}")
     height, width = image.shape[:2]
-    if height * width <= pixel_budget:
-        # An image from shared memory is read-only, a mirrored one has negative strides: torch takes neither.
-        pixels = np.require(canvas(image, canvas_multiple(model), fill_colour(model)), requirements=["C", "W"])
-        batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    if tuple(scales) == (1.0,) and not flip and fits_whole(model, height, width, pixel_budget):
+        batch = _as_batch(canvas(image, canvas_multiple(model), fill_colour(model)))
         labels, confidence = segment_batch(model, batch, dtype=dtype)
         return Segmentation(labels[0, :height, :width].numpy(), confidence[0, :height, :width].numpy())
-    return _segment_windows(model, image, overlap=overlap, dtype=dtype)
+    views = []
+    for scale in scales:
+        scaled = _scaled(image, scale)
+        whole = fits_whole(model, scaled.shape[0], scaled.shape[1], pixel_budget)
+        for mirrored in (False, True) if flip else (False,):
+            bands = _grid_bands(model, scaled[:, ::-1] if mirrored else scaled, whole, overlap, dtype)
+            views.append(_View(bands, model.config.stride, scaled.shape[:2], (height, width), mirrored))
+    return _combine(views, model.config.num_classes, height, width)
 
 
 @torch.inference_mode()
@@ -70,15 +85,21 @@ def segment_batch(
     labels, confidences = [], []
     for one in logits:  # one image at a time: K x H x W floats are the largest thing here
         logits_KHW = upsample_logits(one[None], model.config.stride, images_B3HW.shape[-2:])[0]
-        confidence, label = logits_KHW.softmax(dim=0).max(dim=0)
+        label, confidence = _most_likely(logits_KHW)
         labels.append(label.to(torch.uint8).cpu())
         confidences.append(confidence.cpu())
     return torch.stack(labels), torch.stack(confidences)
 
 
+def fits_whole(model: Segmentor, height: int, width: int, pixel_budget: int) -> bool:
+    """Whether an image is given to the model in one piece: within the budget, and within a window that is fixed."""
+    side = model.fixed_window
+    return height * width <= pixel_budget and (side is None or max(height, width) <= side)
+
+
 def canvas_multiple(model: Segmentor) -> int:
     """What canvas sides are rounded up to."""
-    return int(np.lcm(CANVAS, model.multiple))
+    return -(-CANVAS // model.multiple) * model.multiple
 
 
 def fill_colour(model: Segmentor) -> tuple[int, int, int]:
@@ -93,29 +114,94 @@ def _stride_logits(model: Segmentor, images_B3HW: Tensor, dtype: torch.dtype) ->
         return model.forward_stride(images_B3HW.to(device))
 
 
-@torch.inference_mode()
-def _segment_windows(model: Segmentor, image: UInt8, *, overlap: float, dtype: torch.dtype) -> Segmentation:
-    height, width = image.shape[:2]
+def _scaled(image: UInt8, scale: float) -> UInt8:
+    if scale == 1:
+        return image
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _combine(views: Sequence[_View], num_classes: int, height: int, width: int) -> Segmentation:
+    """Labels of the views' mean probability, a few rows of the image at a time."""
     labels = np.empty((height, width), np.uint8)
     confidence = np.empty((height, width), np.float32)
-    stride = model.config.stride
-    for row, grid_KRw in _finished_rows(model, image, overlap=overlap, dtype=dtype):
-        for top, logits in _upsampled(grid_KRw, row, stride, height, width):
-            best, label = logits.softmax(dim=0).max(dim=0)
-            labels[top : top + label.shape[0]] = label.cpu().numpy()
-            confidence[top : top + label.shape[0]] = best.cpu().numpy()
+    rows = max(1, UPSAMPLE_BYTES // (4 * num_classes * width))
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        if len(views) == 1:
+            label, best = _most_likely(views[0].read(top, bottom))
+        else:
+            mean_KRW = _probabilities(views[0].read(top, bottom))
+            for view in views[1:]:
+                mean_KRW += _probabilities(view.read(top, bottom))
+            best, label = mean_KRW.div_(len(views)).max(dim=0)
+        labels[top:bottom] = label.numpy()
+        confidence[top:bottom] = best.numpy()
     return Segmentation(labels, confidence)
 
 
-def _finished_rows(
-    model: Segmentor, image: UInt8, *, overlap: float, dtype: torch.dtype
-) -> Iterator[tuple[int, Tensor]]:
-    """Yields (first grid row, blended logits (K, rows, w)) downwards; neighbours share one row for upsampling."""
-    stride, multiple = model.config.stride, canvas_multiple(model)
-    side = max(multiple, model.config.window // multiple * multiple)
-    fill = fill_colour(model)
+# torch's softmax over the first of three dimensions is several times slower on a CPU than its parts are.
+
+
+def _most_likely(logits_KHW: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest class of each pixel and its probability, both (H, W)."""
+    best, label = logits_KHW.max(dim=0)
+    return label, 1 / (logits_KHW - best).exp_().sum(dim=0)
+
+
+def _probabilities(logits_KHW: Tensor) -> Tensor:
+    shares = (logits_KHW - logits_KHW.amax(dim=0)).exp_()
+    return shares.div_(shares.sum(dim=0))
+
+
+class _View:
+    """One scaled, perhaps mirrored, version of an image: its logits at any row of the image, read downwards.
+
+    `bands` are consecutive rows (K, R, w) of the view's grid; `seen` and `size` are (height, width) of the view and of
+    the image in pixels. It interpolates bilinearly, once, from the grid to the image's pixels: pixel y of the image is
+    at (y + 0.5) * seen / size / s - 0.5 of the grid, as align_corners=False has it, and the grid's ends are clamped.
+    """
+
+    def __init__(
+        self, bands: Iterator[Tensor], stride: int, seen: tuple[int, ...], size: tuple[int, int], mirrored: bool
+    ) -> None:
+        self.bands, self.mirrored = bands, mirrored
+        self.width = size[1]
+        self.pixels_per_cell = [stride * whole / part for whole, part in zip(size, seen, strict=True)]
+        self.rows = -(-seen[0] // stride)
+        self.held = torch.empty(0)
+        self.first = 0
+        """The grid row that `held` begins with."""
+
+    def read(self, top: int, bottom: int) -> Tensor:
+        """Logits (K, bottom - top, W) of the image's rows; `top` never goes back."""
+        places = (torch.arange(top, bottom) + 0.5) / self.pixels_per_cell[0] - 0.5
+        below = places.floor()
+        low, high = (row.clamp(0, self.rows - 1).long() for row in (below, below + 1))
+        while self.held.numel() == 0 or self.first + self.held.shape[1] <= int(high[-1]):
+            band = next(self.bands)
+            self.held = torch.cat([self.held, band], dim=1) if self.held.numel() else band
+        done = int(low[0]) - self.first
+        self.held, self.first = self.held[:, done:], self.first + done
+        share = (places - below)[:, None]
+        band_KRw = self.held[:, low - self.first].lerp_(self.held[:, high - self.first], share)
+        # One column more, so that rounding never leaves the result a pixel short; it repeats the last one: a clamp.
+        padded = F.pad(band_KRw[None], (0, 1, 0, 0), mode="replicate")
+        scale = (1.0, self.pixels_per_cell[1])
+        wide = F.interpolate(padded, scale_factor=scale, mode="bilinear", align_corners=False)[0, :, :, : self.width]
+        return wide.flip(2) if self.mirrored else wide
+
+
+def _grid_bands(model: Segmentor, image: UInt8, whole: bool, overlap: float, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yields logits (K, R, w) of the grid downwards: all of it, or what sliding windows have finished."""
+    stride = model.config.stride
     grid_h, grid_w = -(-image.shape[0] // stride), -(-image.shape[1] // stride)
-    cells = side // stride
+    if whole:
+        pixels = canvas(image, canvas_multiple(model), fill_colour(model))
+        logits = _stride_logits(model, _as_batch(pixels), dtype)[0, :, :grid_h, :grid_w]
+        yield logits.cpu()
+        return
+    cells = window_side(model) // stride
     tops = _starts(grid_h, cells, overlap)
     lefts = _starts(grid_w, cells, overlap)
     ramp = torch.minimum(torch.arange(1, cells + 1), torch.arange(cells, 0, -1)).float()
@@ -124,26 +210,38 @@ def _finished_rows(
 
     total = torch.zeros(model.config.num_classes, cells, lefts[-1] + cells)
     norm = torch.zeros(cells, lefts[-1] + cells)
-    carried: Tensor | None = None
     for number, top in enumerate(tops):
         for left in lefts:
-            window = np.empty((side, side, 3), np.uint8)
-            window[:] = fill
-            part = image[top * stride : top * stride + side, left * stride : left * stride + side]
-            window[: part.shape[0], : part.shape[1]] = part
-            logits = _stride_logits(model, torch.from_numpy(window).permute(2, 0, 1)[None], dtype)[0].cpu()
+            pixels = _window(image, top * stride, left * stride, cells * stride, fill_colour(model))
+            logits = _stride_logits(model, _as_batch(pixels), dtype)[0].cpu()
             total[:, :, left : left + cells] += logits * weight
             norm[:, left : left + cells] += weight
-        last = number == len(tops) - 1
-        done = cells if last else tops[number + 1] - top
-        blended = (total[:, :done] / norm[:done])[:, :, :grid_w]
-        first = top
-        if carried is not None:
-            blended, first = torch.cat([carried, blended], dim=1), top - 1
-        yield first, blended
-        carried = blended[:, -1:]
-        total = F.pad(total[:, done:], (0, 0, 0, done))
+        done = cells if number == len(tops) - 1 else tops[number + 1] - top
+        yield (total[:, :done] / norm[:done])[:, : grid_h - top, :grid_w]
+        total[:, : cells - done] = total[:, done:].clone()
+        total[:, cells - done :] = 0
         norm = F.pad(norm[done:], (0, 0, 0, done))
+
+
+def window_side(model: Segmentor) -> int:
+    """Side in pixels of the sliding window: the configured one as far as the model's own multiple allows."""
+    multiple = canvas_multiple(model)
+    return model.fixed_window or max(multiple, model.config.window // multiple * multiple)
+
+
+def _window(image: UInt8, top: int, left: int, side: int, fill: Sequence[int]) -> UInt8:
+    """The (side, side, 3) part of the image at a pixel; what sticks out is the fill colour."""
+    window = np.empty((side, side, 3), np.uint8)
+    part = image[top : top + side, left : left + side]
+    if part.shape != window.shape:
+        window[:] = np.asarray(fill, np.uint8)
+    window[: part.shape[0], : part.shape[1]] = part
+    return window
+
+
+def _as_batch(pixels: UInt8) -> Tensor:
+    # An image from shared memory is read-only, a mirrored one has negative strides: torch takes neither.
+    return torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None]
 
 
 def _starts(length: int, cells: int, overlap: float) -> list[int]:
@@ -152,25 +250,3 @@ def _starts(length: int, cells: int, overlap: float) -> list[int]:
         return [0]
     step = max(1, round(cells * (1 - overlap)))
     return [*range(0, length - cells, step), length - cells]
-
-
-def _upsampled(grid_KRw: Tensor, first: int, stride: int, height: int, width: int) -> Iterator[tuple[int, Tensor]]:
-    """Yields (first pixel row, logits (K, rows, W)) for the pixel rows that lie between these grid rows, bilinearly.
-
-    Pixel row y reads grid rows around (y + 0.5) / s - 0.5, as align_corners=False does; the image's edges are clamped.
-    """
-    K, R, _ = grid_KRw.shape
-    begin = 0 if first == 0 else first * stride + stride // 2
-    is_end = (first + R) * stride >= height
-    end = height if is_end else (first + R - 1) * stride + stride // 2
-    rows = max(1, UPSAMPLE_BYTES // (4 * K * width))
-    for top in range(begin, end, rows):
-        y = (torch.arange(top, min(top + rows, end)) + 0.5) / stride - 0.5 - first
-        low = y.floor().clamp(0, R - 1).long()
-        high = (y.floor() + 1).clamp(0, R - 1).long()
-        share = (y - y.floor()).view(1, -1, 1)
-        band = grid_KRw[:, low] * (1 - share) + grid_KRw[:, high] * share
-        wide = F.interpolate(
-            band[None], size=(band.shape[1], band.shape[2] * stride), mode="bilinear", align_corners=False
-        )
-        yield top, wide[0, :, :, :width]

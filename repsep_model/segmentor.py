@@ -92,6 +92,8 @@ class Segmentor(nn.Module):
                 f"backbone {config.backbone!r} takes {backbone.window} x {backbone.window} pixels only, which stride "
                 f"{config.stride} does not divide; give backbone_args: {{img_size: ...}} a multiple of both"
             )
+        self.fixed_window = backbone.window
+        """The one side that the backbone takes; larger images are given to it in tiles. None: any side."""
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1) * 255, persistent=False)
 

@@ -3,6 +3,7 @@
 Shapes: B batch, K classes, H x W pixels, h x w grid at stride s.
 """
 
+import math
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,17 @@ from torch import Tensor
 from repsep_model import Segmentor, segment_image
 from repsep_model import inference as inference_module
 from repsep_model.images import UInt8
-from repsep_model.inference import _starts, _upsampled, canvas_multiple, fill_colour, segment_batch
-from tests.model.tiny import PVT, VIT, K, random_images, tiny_segmentor
+from repsep_model.inference import (
+    _scaled,
+    _starts,
+    _View,
+    canvas_multiple,
+    fill_colour,
+    fits_whole,
+    segment_batch,
+    window_side,
+)
+from tests.model.tiny import PVT, VIT, K, family_segmentor, random_images, tiny_segmentor
 
 STRIDE = 8
 
@@ -46,6 +56,7 @@ class CellColours:
     def __init__(self, window: int) -> None:
         self.config = SimpleNamespace(stride=STRIDE, num_classes=3, window=window)
         self.multiple = 16
+        self.fixed_window = None
         self.mean = torch.tensor([120.0, 110.0, 100.0]).view(1, 3, 1, 1)
         self.shapes: list[tuple[int, ...]] = []
 
@@ -84,7 +95,7 @@ def test_whole_image_gives_the_models_own_labels_and_probabilities(config: Any) 
     confidence, labels = model(torch.from_numpy(image).permute(2, 0, 1)[None]).logits[0].softmax(dim=0).max(dim=0)
     found = segment_image(model, image)
     np.testing.assert_array_equal(found.labels, labels.numpy())
-    np.testing.assert_array_equal(found.confidence, confidence.numpy())
+    np.testing.assert_allclose(found.confidence, confidence.numpy(), rtol=1e-5)
     assert len(np.unique(found.labels)) > 1
 
 
@@ -126,29 +137,79 @@ def test_every_window_has_one_shape_and_images_over_the_budget_only_go_by_window
 @pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
 @pytest.mark.parametrize(("height", "width"), [(203, 261), (208, 264), (201, 257)])
 @pytest.mark.parametrize("cuts", [[], [9], [1, 2, 3], [5, 20, 25]])
-def test_upsampled_bands_equal_interpolating_the_whole(
-    monkeypatch: pytest.MonkeyPatch, cuts: list[int], height: int, width: int, chunk_rows: int
+def test_rows_read_from_bands_equal_interpolating_the_whole(
+    cuts: list[int], height: int, width: int, chunk_rows: int
 ) -> None:
-    monkeypatch.setattr(inference_module, "UPSAMPLE_BYTES", 4 * K * width * chunk_rows)
     torch.manual_seed(0)
     grid = torch.randn(K, 26, 33)
     whole = F.interpolate(grid[None], scale_factor=STRIDE, mode="bilinear", align_corners=False)[0, :, :height, :width]
-    given = torch.zeros(height, dtype=torch.bool)
-    bounds = [0, *cuts, 26]
-    for first, last in pairwise(bounds):
-        shared = max(0, first - 1)  # a band begins with the last row of the one before
-        for top, rows in _upsampled(grid[:, shared:last], shared, STRIDE, height, width):
-            torch.testing.assert_close(rows, whole[:, top : top + rows.shape[1]])
-            assert rows.shape[1] <= chunk_rows
-            given[top : top + rows.shape[1]] = True
-    assert given.all()
+    bands = (grid[:, first:last] for first, last in pairwise([0, *cuts, 26]))
+    view = _View(bands, STRIDE, (height, width), (height, width), mirrored=False)
+    rows = [view.read(top, min(top + chunk_rows, height)) for top in range(0, height, chunk_rows)]
+    torch.testing.assert_close(torch.cat(rows, dim=1), whole)
 
 
-def test_rows_of_a_window_below_the_image_are_interpolated_but_not_given() -> None:
-    grid = torch.randn(K, 12, 12)
-    whole = F.interpolate(grid[None], scale_factor=STRIDE, mode="bilinear", align_corners=False)[0]
-    rows = torch.cat([rows for _, rows in _upsampled(grid, 0, STRIDE, 61, 96)], dim=1)
-    torch.testing.assert_close(rows, whole[:, :61])
+@pytest.mark.parametrize("scale", [0.5, 0.75, 1.5, 1.75])
+def test_a_scaled_views_grid_is_interpolated_once_to_the_images_own_pixels(scale: float) -> None:
+    """A plane, linear in y and x of the image, must come back as that plane wherever the grid does not end."""
+    height, width = 96, 128
+    seen = (round(height * scale), round(width * scale))
+    y, x = (((torch.arange(-(-side // STRIDE)) + 0.5) * STRIDE / scale) for side in seen)
+    grid = torch.stack([y[:, None].expand(-1, len(x)), x[None].expand(len(y), -1)])
+    view = _View(iter([grid]), STRIDE, seen, (height, width), mirrored=False)
+    rows = view.read(0, height)
+    inner_y, inner_x = (slice(math.ceil(STRIDE / scale), -math.ceil(STRIDE / scale)) for _ in range(2))
+    expected_y, expected_x = (torch.arange(side) + 0.5 for side in (height, width))
+    found = rows[:, inner_y, inner_x]
+    torch.testing.assert_close(found[0], expected_y[inner_y, None].expand_as(found[0]))
+    torch.testing.assert_close(found[1], expected_x[None, inner_x].expand_as(found[1]))
+
+
+def test_several_views_average_probabilities_not_labels_and_mirror_back(vit: Segmentor) -> None:
+    image = colourful(128, 256)
+    total = torch.zeros(K, 128, 256)
+    for scale in (0.75, 1.0, 1.25):
+        scaled = _scaled(image, scale)
+        for mirrored in (False, True):
+            pixels = scaled[:, ::-1].copy() if mirrored else scaled.copy()
+            with torch.no_grad():
+                logits = vit.forward_stride(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+            # Nothing is padded at these sizes: one sampling of the grid at the image's pixels.
+            y = (torch.arange(128) + 0.5) / 128 * 2 - 1
+            x = (torch.arange(256) + 0.5) / 256 * 2 - 1
+            places = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=2)[None]
+            full = F.grid_sample(logits, places, mode="bilinear", padding_mode="border", align_corners=False)[0]
+            total += (full.flip(2) if mirrored else full).softmax(dim=0)
+    confidence, labels = (total / 6).max(dim=0)
+    found = segment_image(vit, image, scales=(0.75, 1.0, 1.25), flip=True)
+    np.testing.assert_allclose(found.confidence, confidence.numpy(), rtol=1e-4)
+    assert (found.labels == labels.numpy()).mean() > 0.999
+
+
+def test_a_mirrored_image_gives_mirrored_labels_when_both_views_are_averaged(vit: Segmentor) -> None:
+    image = colourful(96, 160)
+    for budget in (10**9, 0):
+        found = segment_image(vit, image, flip=True, pixel_budget=budget, overlap=0.5)
+        mirrored = segment_image(vit, image[:, ::-1], flip=True, pixel_budget=budget, overlap=0.5)
+        np.testing.assert_allclose(mirrored.confidence[:, ::-1], found.confidence, rtol=1e-4)
+        assert (mirrored.labels[:, ::-1] == found.labels).mean() > 0.999
+
+
+def test_scaled_windows_agree_with_the_scaled_whole() -> None:
+    image = colourful(192, 256)
+    whole = segment_stand_in(96, image, scales=(0.5, 1.5), pixel_budget=10**9)
+    windows = segment_stand_in(96, image, scales=(0.5, 1.5), pixel_budget=0)
+    np.testing.assert_allclose(windows.confidence, whole.confidence, rtol=1e-4)
+    np.testing.assert_array_equal(windows.labels[whole.confidence > 0.505], whole.labels[whole.confidence > 0.505])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"scales": ()}, "scales must be"), ({"scales": (1, 0)}, "scales must be"), ({"overlap": 1.0}, "overlap is a")],
+)
+def test_options_that_make_no_sense_are_refused(vit: Segmentor, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        segment_image(vit, picture(32, 32), **options)
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.9])
@@ -202,7 +263,15 @@ def test_segmenting_leaves_the_image_as_it_was(vit: Segmentor) -> None:
 
 def test_canvas_sides_suit_the_model() -> None:
     assert canvas_multiple(tiny_segmentor(VIT)) == 32
-    assert canvas_multiple(tiny_segmentor(VIT, backbone="vit_small_patch14_reg4_dinov2")) == 7 * 32
+    assert canvas_multiple(tiny_segmentor(VIT, backbone="vit_small_patch14_reg4_dinov2")) == 7 * 8
+
+
+def test_a_backbone_of_one_size_gets_windows_of_that_size_and_smaller_images_whole() -> None:
+    model = family_segmentor("BEiTv2 at 64", window=512).for_inference()
+    assert window_side(model) == 64
+    assert fits_whole(model, 64, 50, 10**9)
+    assert not fits_whole(model, 64, 65, 10**9)
+    assert not fits_whole(model, 64, 50, 64 * 50 - 1)
 
 
 def test_fill_is_the_models_mean_colour() -> None:
