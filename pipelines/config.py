@@ -40,12 +40,26 @@ class PrepareConfig(Section):
         None,
         description="regular expression on the key whose first group names what must not be split, such as a video",
     )
+    layout: Literal["folders", "ade20k", "cityscapes", "pascal_context", "coco_stuff_10k", "coco_stuff_164k"] = Field(
+        "folders", description="how the source is laid out: as above, or as a public data set comes, with its label map"
+    )
+    background: bool = Field(
+        False, description="keep the background of pascal_context as a class: 60 instead of 59, where it is ignored"
+    )
     max_reject_rate: float = Field(
         0.01, ge=0, le=1, description="the stage fails if a larger share of the pairs is rejected"
     )
     shard_rows: int = Field(512, ge=1, description="images in a shard")
     row_group_rows: int = Field(16, ge=1, description="images in a row group, what a reader reads at once")
     seed: int = Field(0, ge=0, description="of the split and of generated scenes")
+
+    @model_validator(mode="after")
+    def _layout_has_what_it_needs(self) -> PrepareConfig:
+        if self.layout != "folders" and self.source is None:
+            raise ValueError(f"layout={self.layout} needs a source, the folder in which the data set is")
+        if self.background and self.layout != "pascal_context":
+            raise ValueError(f"background=true belongs to layout=pascal_context, this one is {self.layout}")
+        return self
 
 
 class ModelConfig(Section):
@@ -95,6 +109,13 @@ class AugmentConfig(Section):
     photometric: float = Field(0.5, ge=0, le=1, description="probability of each colour jitter")
     max_class_share: float = Field(0.75, gt=0, le=1, description="crops with more of one class are drawn again")
 
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> AugmentConfig:
+        low, high = self.scale
+        if not 0 < low <= high:
+            raise ValueError(f"scale is a range of factors over 0, low then high, got {list(self.scale)}")
+        return self
+
 
 class TrainRuntime(Section):
     """Where training runs."""
@@ -114,6 +135,11 @@ class TrainConfig(Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    rare_class_temperature: float | None = Field(
+        None,
+        gt=0,
+        description="show images with rare classes more often, the lower the more so (0.01 is usual); by default off",
+    )
     steps: int = Field(400, ge=1, description="optimizer steps")
     batch_size: int = Field(8, ge=1, description="images in a step over all workers")
     micro_batch: int | None = Field(

@@ -190,14 +190,21 @@ class Split:
 class SampleOrder:
     """Which row is at which global position: epochs follow each other without a gap.
 
-    Row groups are permuted, then the rows of 16 neighbouring groups are mixed. Any position is found without walking
-    there.
+    Row groups are permuted, then the rows of 16 neighbouring groups, a block, are mixed. Any position is found without
+    walking there.
+
+    With `class_probabilities` (K,) each place of a block is drawn instead: a class among those in the block, then one
+    of the block's rows that hold it (rare-class sampling after DAFormer, Hoyer et al. 2022). An epoch stays as long;
+    rows may come several times in it or not at all, and those without any label only in a block that has no class. A
+    class is drawn in the blocks that hold it, so one that few hold comes less often than its probability says: the
+    price of reading neighbouring rows.
     """
 
-    def __init__(self, split: Split, seed: int) -> None:
+    def __init__(self, split: Split, seed: int, class_probabilities: NDArray[np.float64] | None = None) -> None:
         self.split, self.seed, self.length = split, seed, len(split)
+        self.class_probabilities = class_probabilities
         self._epoch: tuple[int, NDArray[np.int64], Indices] | None = None
-        self._block: tuple[int, int, Indices] | None = None
+        self._blocks: OrderedDict[tuple[int, int], Indices] = OrderedDict()
         self._lock = threading.Lock()
 
     def locate(self, position: int) -> tuple[int, int, int]:
@@ -221,25 +228,58 @@ class SampleOrder:
         return self._epoch[1], self._epoch[2]
 
     def _block_rows(self, epoch: int, block: int, groups: NDArray[np.int64]) -> Indices:
-        if self._block is None or self._block[:2] != (epoch, block):
+        if (epoch, block) not in self._blocks:
             members = groups[block * SHUFFLE_GROUPS : (block + 1) * SHUFFLE_GROUPS]
-            rows = [(int(g), int(r)) for g in members for r in self.split.rows[g]]
-            shuffled = np.asarray(rows, np.int64).reshape(-1, 2)[self._rng(epoch, block + 1).permutation(len(rows))]
-            self._block = (epoch, block, shuffled)
-        return self._block[2]
+            rows = np.asarray([(g, r) for g in members for r in self.split.rows[g]], np.int64).reshape(-1, 2)
+            rng = self._rng(epoch, block + 1)
+            self._blocks[epoch, block] = rows[self._chosen(rows, rng)]
+            while len(self._blocks) > 2:  # loader threads cross the border between two blocks in any order
+                self._blocks.popitem(last=False)
+        return self._blocks[epoch, block]
+
+    def _chosen(self, rows: Indices, rng: np.random.Generator) -> Indices:
+        """Which of a block's rows is at each of its places."""
+        if self.class_probabilities is not None:
+            holds_RK = self._classes(rows)
+            weights = self.class_probabilities * holds_RK.any(axis=0)
+            if weights.any():
+                classes = rng.choice(len(weights), size=len(rows), p=weights / weights.sum())
+                places = rng.integers(holds_RK.sum(axis=0)[classes])
+                holders = [np.flatnonzero(holds) for holds in holds_RK.T]
+                return np.array([holders[k][i] for k, i in zip(classes, places, strict=True)])
+        return rng.permutation(len(rows))
+
+    def _classes(self, rows: Indices) -> NDArray[np.bool_]:
+        """(rows, K): which classes each row holds, from the shards' column; neither image nor mask is read."""
+        assert self.class_probabilities is not None
+        found = {g: self.split._read_group(g, ["classes"])["classes"].to_pylist() for g in np.unique(rows[:, 0])}
+        holds_RK = np.zeros((len(rows), len(self.class_probabilities)), bool)
+        for holds_K, (group, row) in zip(holds_RK, rows, strict=True):
+            holds_K[found[group][row]] = True
+        return holds_RK
 
     def _rng(self, epoch: int, stream: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=[self.seed, (epoch << 32) + stream]))
+        # A list would pass through float64, where large seeds are alike.
+        key = np.array([self.seed & (2**64 - 1), (epoch << 32) + stream], np.uint64)
+        return np.random.Generator(np.random.Philox(key=key))
 
 
 class TrainLoader:
     """Augmented micro-batches of one rank, decoded ahead by threads (Pillow and torch release the interpreter lock)."""
 
     def __init__(
-        self, split: Split, *, augmentation: Augmentation, fill: Sequence[int], seed: int, threads: int, ahead: int = 2
+        self,
+        split: Split,
+        *,
+        augmentation: Augmentation,
+        fill: Sequence[int],
+        seed: int,
+        threads: int,
+        class_probabilities: NDArray[np.float64] | None = None,
+        ahead: int = 2,
     ) -> None:
         self.split, self.how, self.fill, self.seed = split, augmentation, tuple(fill), seed
-        self.order = SampleOrder(split, seed)
+        self.order = SampleOrder(split, seed, class_probabilities)
         self.ahead = ahead
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
 

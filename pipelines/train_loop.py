@@ -33,7 +33,7 @@ from repsep_model.losses import LossWeights
 from repsep_model.optim import Ema, parameter_groups
 from repsep_model.segmentor import Segmentor, build_segmentor
 from repsep_model.training import NonFiniteLossError, StepSettings, TrainState, train_step, validate
-from repsep_model.transforms import Augmentation
+from repsep_model.transforms import Augmentation, class_probabilities
 
 STATE, BEST = "state.pt", "best"
 
@@ -194,6 +194,9 @@ class _Worker:
             fill=fill_colour(raw),
             seed=config.seed,
             threads=config.runtime.loader_threads,
+            class_probabilities=None
+            if config.rare_class_temperature is None
+            else class_probabilities(dataset.manifest["splits"]["train"]["pixels"], config.rare_class_temperature),
         )
         worker = cls(config, dataset, state, settings, loader, validation, rank, world_size)
         if (checkpoint := ray.train.get_checkpoint()) is not None:

@@ -5,13 +5,13 @@ all-reduces one vector, and scales each sum by world_size * loss weight / total 
 gradients.
 
 Main terms are at H x W; auxiliary terms at stride s against majority-reduced labels, ties ignored.
-Shapes: B batch, K classes, D width, E embedding, H x W pixels, h x w grid, N = h * w.
+Shapes: B batch, K classes, D width, E embedding, H x W pixels, h x w grid, N = h * w; V labelled pixels of one image.
 Credits: OHEM after Shrivastava et al. 2016, Dice after Milletari et al. 2016, Lovasz-softmax after Berman et al. 2018.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -22,6 +22,8 @@ from repsep_model.labels import IGNORE_INDEX, class_counts, majority_reduce
 from repsep_model.segmentor import SegmentorOutput
 
 Terms = dict[str, tuple[Tensor, Tensor]]
+MAIN_TERMS = ("ce", "ohem", "dice", "lovasz")
+"""The terms of the logits; the others are auxiliary."""
 OHEM_THRESHOLD = 0.7
 
 
@@ -32,7 +34,7 @@ class LossWeights:
     ce: float = 1.0
     """Cross-entropy of the logits."""
     ohem: float = 0.0
-    """Cross-entropy of the pixels whose true class has a probability under 0.7 only."""
+    """Cross-entropy of the pixels whose true class has a probability under 0.7 only, over all labelled pixels."""
     dice: float = 0.0
     """Soft Dice over the classes present in an image."""
     lovasz: float = 0.0
@@ -57,6 +59,8 @@ class LossWeights:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"loss weight {name} must be 0 or more and finite, got {value}")
+        if self.classes is not None and not all(0 <= value < float("inf") for value in self.classes):
+            raise ValueError(f"loss weight classes must be 0 or more and finite, got {self.classes}")
         if not self.active():
             raise ValueError("every loss weight is 0: there is nothing to train on")
 
@@ -76,9 +80,9 @@ def term_names() -> list[str]:
 def term_weights(labels_BHW: Tensor, *, num_classes: int, stride: int, weights: LossWeights) -> dict[str, Tensor]:
     """What each active term's sum is to be divided by, from the labels alone (scalar fp64 tensors).
 
-    Pixel terms count labelled pixels (`ce` by class weight), location terms labelled locations at stride s, `dice`,
-    `lovasz` and `patch` images with something labelled, `identity` K for each of those, `region` pairs of present
-    classes.
+    Pixel terms count labelled pixels (`ce` by class weight; `ohem` the easy ones too, since which are hard is the
+    model's affair), location terms labelled locations at stride s, `dice`, `lovasz` and `patch` images with something
+    labelled, `identity` K for each of those, `region` pairs of present classes.
     """
     counts_BK = class_counts(labels_BHW, num_classes)
     present_B = (counts_BK > 0).sum(dim=1)
@@ -107,9 +111,14 @@ def segmentation_loss(output: SegmentorOutput, labels: Tensor, weights: LossWeig
     `labels`: (B, H, W) integers, class ids and IGNORE_INDEX. All-ignored and one-class crops give finite values that
     keep the graph.
     """
-    logits = output.logits
+    # Under autocast the products of the separation terms would be taken in half precision, and so would the sums.
+    with torch.autocast(output.logits.device.type, enabled=False):
+        return _terms(output, labels.long(), weights)
+
+
+def _terms(output: SegmentorOutput, labels: Tensor, weights: LossWeights) -> Terms:
+    logits = output.logits.float()
     num_classes = logits.shape[1]
-    labels = labels.long()
     aux = output.aux
     stride = aux.stride if aux is not None else 8
     active = weights.active()
@@ -119,23 +128,23 @@ def segmentation_loss(output: SegmentorOutput, labels: Tensor, weights: LossWeig
         sums["ce"] = _cross_entropy(logits, labels, _class_weights(weights, num_classes, logits.device))
     if "ohem" in active:
         sums["ohem"] = _ohem(logits, labels)
-    if "dice" in active:
-        sums["dice"] = _dice(logits, labels)
-    if "lovasz" in active:
-        sums["lovasz"] = _lovasz(logits, labels)
+    if "dice" in active or "lovasz" in active:
+        images = [_labelled(*image) for image in zip(logits, labels, strict=True)]
+        sums |= {name: _mean_over_classes(images, of) for name, of in OVERLAP.items() if name in active}
     if aux is not None:
         reduced = _on_grid(majority_reduce(labels, stride, num_classes), aux.grid)
         present_BK = class_counts(labels, num_classes) > 0
         for name, maps in (("local", aux.local_BKhw), ("coarse", aux.coarse_BKhw), ("attention", aux.attention_BKhw)):
             if name in active and maps is not None:
-                sums[name] = _cross_entropy(maps, reduced)
+                sums[name] = _cross_entropy(maps.float(), reduced)
         if "identity" in active and aux.identity_BK is not None:
-            bce = F.binary_cross_entropy_with_logits(aux.identity_BK, present_BK.to(aux.identity_BK), reduction="none")
+            identity_BK = aux.identity_BK.float()
+            bce = F.binary_cross_entropy_with_logits(identity_BK, present_BK.to(identity_BK), reduction="none")
             sums["identity"] = (bce * present_BK.any(dim=1, keepdim=True)).sum()
         if "region" in active and aux.regions_BKD is not None:
-            sums["region"] = _pair_similarity(aux.regions_BKD, present_BK).sum()
+            sums["region"] = _pair_similarity(aux.regions_BKD.float(), present_BK).sum()
         if "patch" in active and aux.embedding_BEhw is not None:
-            sums["patch"] = _patch_separation(aux.embedding_BEhw, reduced, num_classes)
+            sums["patch"] = _patch_separation(aux.embedding_BEhw.float(), reduced, num_classes)
     return {name: (value, totals[name]) for name, value in sums.items()}
 
 
@@ -164,37 +173,50 @@ def _ohem(logits: Tensor, labels: Tensor) -> Tensor:
     return (loss * (torch.exp(-loss.detach()) < OHEM_THRESHOLD)).sum()
 
 
-def _dice(logits: Tensor, labels: Tensor, epsilon: float = 1.0) -> Tensor:
-    """Sum over images of 1 - mean Dice over the classes present in each."""
-    p, truth, present, valid = _soft_and_truth(logits, labels)
-    p = p * valid
-    overlap = (p * truth).flatten(2).sum(dim=2)
-    dice = (2 * overlap + epsilon) / (p.flatten(2).sum(dim=2) + truth.flatten(2).sum(dim=2) + epsilon)
-    return (((1 - dice) * present).sum(dim=1) / present.sum(dim=1).clamp_min(1)).sum()
+def _dice(p_V: Tensor, truth_V: Tensor, epsilon: float = 1.0) -> Tensor:
+    """1 - soft Dice of one class."""
+    overlap = p_V.where(truth_V, 0).sum()
+    return 1 - (2 * overlap + epsilon) / (p_V.sum() + truth_V.sum() + epsilon)
 
 
-def _lovasz(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over images of the mean Lovasz extension of the Jaccard loss over the classes present in each."""
-    p, truth, present, valid = _soft_and_truth(logits, labels)
-    error_BKN, order = ((truth - p).abs() * valid).flatten(2).sort(dim=2, descending=True)
-    truth_BKN = truth.flatten(2).gather(2, order)
-    valid_BKN = valid.expand_as(truth).flatten(2).to(p.dtype).gather(2, order)
-    positives = truth_BKN.sum(dim=2, keepdim=True)
-    intersection = positives - truth_BKN.cumsum(dim=2)
-    union = positives + (valid_BKN - truth_BKN).cumsum(dim=2)
-    jaccard = 1 - intersection / union.clamp_min(1)
-    gradient = torch.cat([jaccard[..., :1], jaccard[..., 1:] - jaccard[..., :-1]], dim=2)
-    per_class = (error_BKN * gradient * valid_BKN).sum(dim=2)
-    return ((per_class * present).sum(dim=1) / present.sum(dim=1).clamp_min(1)).sum()
+def _lovasz(p_V: Tensor, truth_V: Tensor) -> Tensor:
+    """Lovasz extension of one class's Jaccard loss: each error times what it adds, in falling order of the errors."""
+    error_V = torch.where(truth_V, 1 - p_V, p_V)
+    with torch.no_grad():
+        order = error_V.argsort(descending=True)
+        hit = truth_V[order]
+        missed = hit.cumsum(dim=0)
+        positives = missed[-1]
+        union = positives + torch.arange(1, len(hit) + 1, device=hit.device) - missed
+        # The Jaccard loss is 1 - (positives - missed) / union: a miss takes 1 from the intersection, a false alarm
+        # adds 1 to the union. Subtracted as fp32, losses so nearly equal would be a thousandth off at 512 x 512.
+        added = torch.where(hit, 1 / union, (positives - missed) / (union * (union - 1).clamp_min(1)))
+        added_V = torch.empty_like(error_V).scatter_(0, order, added.to(error_V))
+    return (error_V * added_V).sum()
 
 
-def _soft_and_truth(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Probabilities and one-hot truth (B, K, H, W), presence (B, K), validity (B, 1, H, W)."""
-    num_classes = logits.shape[1]
-    valid = labels != IGNORE_INDEX
-    truth = F.one_hot(labels.where(valid, 0), num_classes).permute(0, 3, 1, 2).to(logits.dtype) * valid[:, None]
-    present = class_counts(labels, num_classes) > 0
-    return logits.softmax(dim=1), truth, present, valid[:, None]
+OVERLAP = {"dice": _dice, "lovasz": _lovasz}
+
+
+def _mean_over_classes(images: Sequence[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Sum over images (p_KV, labels_V) of the mean of `loss` over the classes present in each.
+
+    One class of one image at a time: for two crops of 512 x 512 and 150 classes, one-hot truth alone is 630 MB.
+    """
+    means = []
+    for p_KV, labels_V in images:
+        of_class = p_KV.unbind()
+        present = labels_V.unique().tolist()  # type: ignore[no-untyped-call]
+        losses = [loss(of_class[k], labels_V == k) for k in present]
+        means.append(torch.stack(losses).mean() if losses else p_KV.sum())  # a sum of nothing, but in the graph
+    return torch.stack(means).sum()
+
+
+def _labelled(logits_KHW: Tensor, labels_HW: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities (K, V) and labels (V,) of an image's labelled pixels."""
+    labels = labels_HW.flatten()
+    places = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    return logits_KHW.flatten(1).index_select(1, places).softmax(dim=0), labels[places]
 
 
 def _pair_similarity(vectors_BKD: Tensor, present_BK: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from repsep_model.images import UInt8
 from repsep_model.inference import segment_image
-from repsep_model.losses import LossWeights, segmentation_loss, term_weights, total_loss
+from repsep_model.losses import MAIN_TERMS, LossWeights, segmentation_loss, term_weights, total_loss
 from repsep_model.metrics import ConfusionMatrix
 from repsep_model.optim import Ema, scheduled_lr, set_lr
 from repsep_model.segmentor import Segmentor, SegmentorOutput
@@ -94,7 +94,9 @@ def train_step(
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
                 output = state.model(images.to(device, non_blocking=True))
             terms = segmentation_loss(output, labels.to(device, non_blocking=True), weights)
-            loss_share = total_loss(terms, weights, by_name, world_size) + _nothing(output)
+            loss_share = total_loss(terms, weights, by_name, world_size) + _nothing(
+                output, used=not weights.active().keys().isdisjoint(MAIN_TERMS)
+            )
             loss_share.backward()  # type: ignore[no-untyped-call]
         for i, name in enumerate(names):
             if name in terms:
@@ -115,9 +117,11 @@ def train_step(
     return losses | {"loss": float(loss), "grad_norm": float(norm), "lr": state.optimizer.param_groups[-1]["lr"]}
 
 
-def _nothing(output: SegmentorOutput) -> Tensor:
-    """0 from every auxiliary output: DDP waits for each parameter's gradient, also in a head whose loss weight is 0."""
+def _nothing(output: SegmentorOutput, *, used: bool) -> Tensor:
+    """0 from every output: DDP waits for each parameter's gradient, also in a head whose loss weight is 0."""
     parts = [part.sum() for part in vars(output.aux).values() if isinstance(part, Tensor)] if output.aux else []
+    if not used:  # the gradient of even one pixel is K x H x W zeros
+        parts.append(output.logits[..., 0, 0].sum())
     return 0.0 * sum(parts, start=output.logits.new_zeros(()))
 
 

@@ -1,8 +1,10 @@
-"""Paired image and mask augmentation, and the counter-based randomness behind it.
+"""Paired image and mask augmentation, the counter-based randomness behind it, and which classes are shown more often.
 
 Every random number of a sample comes from `sample_rng(seed, epoch, index)`: nothing depends on which worker or thread
 asks.
-Shapes: H x W pixels of the source, S the crop's side.
+Shapes: H x W pixels of the source, S the crop's side, K classes.
+Credits: the crop's largest class share after mmsegmentation's cat_max_ratio, photometric distortion after SSD (Liu et
+al. 2016), rare-class sampling after DAFormer (Hoyer et al. 2022).
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from torchvision.transforms import InterpolationMode
 from repsep_model.images import UInt8
 from repsep_model.labels import IGNORE_INDEX
 
+Floats = NDArray[np.float64]
+
 CROP_TRIES = 10
 
 
@@ -36,13 +40,26 @@ class Augmentation:
     photometric: float = 0.5
     """Probability of each of brightness, contrast, saturation and hue jitter."""
     max_class_share: float = 0.75
-    """A crop in which one class has more of the labelled pixels is drawn again, up to 10 times (cat_max_ratio)."""
+    """A crop in which one class has more of the labelled pixels, or which has none, is drawn again, up to 10 times."""
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator of one sample in one epoch; a function of its arguments only (Philox, counter-based)."""
     key = np.array([seed & (2**64 - 1), (epoch << 40) + index], dtype=np.uint64)  # a list would pass through float64
     return np.random.Generator(np.random.Philox(key=key))
+
+
+def class_probabilities(pixels: Sequence[int], temperature: float) -> Floats:
+    """(K,) how often to draw each class: in proportion to exp((1 - its share of `pixels`) / temperature).
+
+    The lower the temperature, the more often the rare ones; DAFormer takes 0.01. A class without a pixel has 0.
+    """
+    counts = np.asarray(pixels, np.float64)
+    share = counts / max(counts.sum(), 1)
+    rarest = share.min(where=counts > 0, initial=1)
+    # Relative to the rarest class, whose weight is 1: exp(1 / 0.001) would overflow.
+    weights: Floats = np.exp(np.where(counts > 0, (rarest - share) / temperature, -np.inf))
+    return weights / max(float(weights.sum()), 1)
 
 
 def augment(
@@ -54,10 +71,11 @@ def augment(
     size = [max(1, round(height * scale)), max(1, round(width * scale))]
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     labels = torch.from_numpy(np.ascontiguousarray(mask))[None]
-    top, left = _choose_crop(_nearest(mask, size), how, rng)
     if size != [height, width]:
         pixels = TF.resize(pixels, size, InterpolationMode.BILINEAR, antialias=scale < 1)
+        # Plain NEAREST takes the corners of pixels for their centres: labels half a pixel beside the image.
         labels = TF.resize(labels, size, InterpolationMode.NEAREST_EXACT)
+    top, left = _choose_crop(labels[0].numpy(), how, rng)
     side = how.crop
     pixels, labels = pixels[:, top : top + side, left : left + side], labels[:, top : top + side, left : left + side]
     flip = rng.random() < how.flip
@@ -84,36 +102,34 @@ def canvas(image: UInt8, multiple: int, fill: Sequence[int]) -> UInt8:
     return out
 
 
-def _nearest(mask: UInt8, size: Sequence[int]) -> UInt8:
-    """A coarse look at the scaled mask: enough to judge the class shares of a crop."""
-    rows = (np.arange(size[0]) * (mask.shape[0] / size[0])).astype(np.int64)
-    columns = (np.arange(size[1]) * (mask.shape[1] / size[1])).astype(np.int64)
-    scaled: UInt8 = mask[rows][:, columns]
-    return scaled
-
-
 def _choose_crop(scaled: UInt8, how: Augmentation, rng: np.random.Generator) -> tuple[int, int]:
     for _ in range(CROP_TRIES):
         top = int(rng.integers(max(scaled.shape[0] - how.crop, 0) + 1))
         left = int(rng.integers(max(scaled.shape[1] - how.crop, 0) + 1))
         crop = scaled[top : top + how.crop, left : left + how.crop]
         counts: NDArray[np.int64] = np.bincount(crop.ravel(), minlength=256)[:IGNORE_INDEX]
-        if counts.sum() and counts.max() < how.max_class_share * counts.sum():
+        if counts.sum() and counts.max() <= how.max_class_share * counts.sum():
             break
     return top, left
 
 
 def _photometric(pixels: Tensor, rng: np.random.Generator, probability: float) -> Tensor:
-    """Brightness, contrast, saturation and hue in this order, each with `probability` (after SSD, Liu et al. 2016)."""
+    """Brightness, contrast, saturation and hue, each with `probability`; contrast before or after the last two.
+
+    The order is SSD's, the ranges are milder.
+    """
     draws = rng.random(4) < probability
     brightness, contrast, saturation = rng.uniform(0.7, 1.3, 3)
     hue = rng.uniform(-0.05, 0.05)
+    contrast_first = rng.random() < 0.5
     if draws[0]:
         pixels = TF.adjust_brightness(pixels, float(brightness))
-    if draws[1]:
+    if draws[1] and contrast_first:
         pixels = TF.adjust_contrast(pixels, float(contrast))
     if draws[2]:
         pixels = TF.adjust_saturation(pixels, float(saturation))
     if draws[3]:
         pixels = TF.adjust_hue(pixels, float(hue))
+    if draws[1] and not contrast_first:
+        pixels = TF.adjust_contrast(pixels, float(contrast))
     return pixels

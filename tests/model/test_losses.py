@@ -1,10 +1,12 @@
-"""Every loss term against torch's own function or loops, and the arithmetic that lets terms be split and added.
+"""Every loss term against torch's own function or plain loops, and the arithmetic that lets terms be split and added.
 
-Shapes: B batch, K classes, D width, E embedding, H x W pixels, h x w grid, N = h * w.
+The references below are in double precision, a location and a class at a time, and share no code with the losses.
+Shapes: B batch, K classes, D width, E embedding, H x W pixels, h x w grid, N locations of one image.
 """
 
 import itertools
-import math
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from repsep_model import LossWeights, SegmentorOutput, segmentation_loss
-from repsep_model.labels import IGNORE_INDEX, majority_reduce
+from repsep_model.labels import IGNORE_INDEX
 from repsep_model.losses import Terms, term_names, term_weights, total_loss
 from repsep_model.segmentor import SegmentorAux
 from tests.model.tiny import K, random_labels
@@ -43,12 +46,16 @@ def only(term: str, **changes: Any) -> LossWeights:
     return LossWeights(**(dict.fromkeys(term_names(), 0.0) | {term: 1.0} | changes))
 
 
-def grid_labels(labels: Tensor) -> Tensor:
-    """Majority labels on the padded grid: what was padded is ignored."""
-    out = torch.full((labels.shape[0], *GRID), IGNORE_INDEX)
-    reduced = majority_reduce(labels, STRIDE, K)
-    out[:, : reduced.shape[1], : reduced.shape[2]] = reduced
-    return out
+def converted(found: SegmentorOutput, to: Callable[[Tensor], Tensor]) -> SegmentorOutput:
+    """The output with every tensor of it converted."""
+    assert found.aux is not None
+    tensors: dict[str, Any] = {n: to(v) for n, v in vars(found.aux).items() if isinstance(v, Tensor)}
+    return SegmentorOutput(to(found.logits), replace(found.aux, **tensors))
+
+
+def tensors_of(found: SegmentorOutput) -> dict[str, Tensor]:
+    assert found.aux is not None
+    return {"logits": found.logits} | {n: v for n, v in vars(found.aux).items() if isinstance(v, Tensor)}
 
 
 def present_classes(labels_HW: Tensor) -> list[int]:
@@ -63,67 +70,180 @@ def mixed_labels() -> Tensor:
     return labels
 
 
-def brute_ohem(logits: Tensor, labels: Tensor) -> float:
-    total = 0.0
-    for b, y, x in itertools.product(*map(range, labels.shape)):
-        if (k := int(labels[b, y, x])) != IGNORE_INDEX:
-            p = float(logits[b, :, y, x].softmax(dim=0)[k])
-            total += -math.log(p) if p < 0.7 else 0.0
-    return total
+def one_class() -> Tensor:
+    return torch.full((3, H, W), 3)
 
 
-def brute_dice(logits: Tensor, labels: Tensor) -> float:
-    total = 0.0
-    for logits_KHW, labels_HW in zip(logits, labels, strict=True):
-        p, valid = logits_KHW.softmax(dim=0), labels_HW != IGNORE_INDEX
-        losses = []
-        for k in present_classes(labels_HW):
-            soft, hard = p[k][valid], (labels_HW[valid] == k).float()
-            losses.append(float(1 - (2 * (soft * hard).sum() + 1) / (soft.sum() + hard.sum() + 1)))
-        total += sum(losses) / max(1, len(losses))
-    return total
+def all_ignored() -> Tensor:
+    return torch.full((3, H, W), IGNORE_INDEX)
 
 
-def brute_lovasz(logits: Tensor, labels: Tensor) -> float:
-    """The Lovasz extension by its definition: errors in falling order times the growth of the Jaccard loss of sets."""
-    total = 0.0
-    for logits_KHW, labels_HW in zip(logits, labels, strict=True):
-        valid = labels_HW != IGNORE_INDEX
-        losses = []
-        for k in present_classes(labels_HW):
-            truth = labels_HW[valid] == k
-            errors = (truth.float() - logits_KHW.softmax(dim=0)[k][valid]).abs()
-            members = {i for i in range(len(truth)) if truth[i]}
-            wrong: set[int] = set()
-            loss, before = 0.0, 0.0
-            for i in errors.argsort(descending=True, stable=True).tolist():
-                wrong.add(i)
-                after = 1 - len(members - wrong) / len(members | wrong)
-                loss += float(errors[i]) * (after - before)
-                before = after
-            losses.append(loss)
-        total += sum(losses) / max(1, len(losses))
-    return total
+# ---------------------------------------------------------------- plain references: (sum, weight)
+
+Reference = Callable[[SegmentorOutput, Tensor], tuple[Tensor, float]]
 
 
-def brute_patch(embedding_BEhw: Tensor, labels_Bhw: Tensor) -> float:
-    total = 0.0
-    for z_Ehw, labels_hw in zip(embedding_BEhw, labels_Bhw, strict=True):
-        by_class = {k: [F.normalize(z, dim=0) for z in z_Ehw[:, labels_hw == k].T] for k in present_classes(labels_hw)}
-        centres = {k: F.normalize(torch.stack(zs).sum(dim=0), dim=0) for k, zs in by_class.items()}
-        pulls = [1 - float(z @ centres[k]) for k, zs in by_class.items() for z in zs]
-        pushes = [max(0.0, float(centres[i] @ centres[j])) for i, j in itertools.combinations(centres, 2)]
-        total += sum(pulls) / max(1, len(pulls)) + sum(pushes) / max(1, len(pushes))
-    return total
+def grid_labels(labels: Tensor) -> Tensor:
+    """The commonest label of each block on the padded grid; ignored where two tie or nothing is labelled."""
+    out = torch.full((labels.shape[0], *GRID), IGNORE_INDEX)
+    for b, y, x in itertools.product(range(labels.shape[0]), *map(range, GRID)):
+        block = labels[b, STRIDE * y : STRIDE * (y + 1), STRIDE * x : STRIDE * (x + 1)].flatten().tolist()
+        counts = Counter(label for label in block if label != IGNORE_INDEX).most_common(2)
+        if len(counts) == 1 or (len(counts) == 2 and counts[0][1] > counts[1][1]):
+            out[b, y, x] = counts[0][0]
+    return out
 
 
-def brute_region(regions_BKD: Tensor, labels: Tensor) -> tuple[float, int]:
-    total, pairs = 0.0, 0
-    for regions_KD, labels_HW in zip(regions_BKD, labels, strict=True):
-        for i, j in itertools.combinations(present_classes(labels_HW), 2):
-            total += max(0.0, float(F.cosine_similarity(regions_KD[i], regions_KD[j], dim=0)))
-            pairs += 1
-    return total, pairs
+def labelled(maps_BCHW: Tensor, labels: Tensor) -> list[list[tuple[Tensor, int]]]:
+    """For each image, the vector and the label of each labelled location."""
+    return [
+        [(v, k) for v, k in zip(m.flatten(1).unbind(1), image.flatten().tolist(), strict=True) if k != IGNORE_INDEX]
+        for m, image in zip(maps_BCHW, labels, strict=True)
+    ]
+
+
+def softmax(logits_K: Tensor) -> Tensor:
+    return logits_K.exp() / logits_K.exp().sum()
+
+
+def mean(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).mean() if values else torch.zeros((), dtype=torch.float64)
+
+
+def added(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).sum() if values else torch.zeros((), dtype=torch.float64)
+
+
+def plain_ce(logits: Tensor, labels: Tensor, weights: tuple[float, ...] = (1.0,) * K) -> tuple[Tensor, float]:
+    found = [(weights[k], softmax(v)[k]) for image in labelled(logits, labels) for v, k in image]
+    return added([-w * p.log() for w, p in found]), sum(w for w, _ in found)
+
+
+def plain_ohem(found: SegmentorOutput, labels: Tensor) -> tuple[Tensor, float]:
+    true = [softmax(v)[k] for image in labelled(found.logits, labels) for v, k in image]
+    return added([-p.log() for p in true if p < 0.7]), len(true)
+
+
+def over_present_classes(
+    found: SegmentorOutput, labels: Tensor, loss: Callable[[list[Tensor], set[int]], Tensor]
+) -> tuple[Tensor, float]:
+    """Sum over images of the mean of `loss(probabilities, members)` over their classes; weight 1 for each image."""
+    losses = []
+    for image in labelled(found.logits, labels):
+        p = [softmax(v) for v, _ in image]
+        members = {k: {i for i, (_, label) in enumerate(image) if label == k} for _, k in image}
+        if members:
+            losses.append(mean([loss([p_K[k] for p_K in p], inside) for k, inside in members.items()]))
+    return added(losses), len(losses)
+
+
+def dice_of_class(p: list[Tensor], inside: set[int]) -> Tensor:
+    return 1 - (2 * added([p[i] for i in inside]) + 1) / (added(p) + len(inside) + 1)
+
+
+def lovasz_of_class(p: list[Tensor], inside: set[int]) -> Tensor:
+    """By its definition: errors in falling order times the growth of the Jaccard loss of the set of wrong pixels."""
+    errors = [1 - p_i if i in inside else p_i for i, p_i in enumerate(p)]
+    parts, wrong, before = [], set[int](), 0.0
+    for i in torch.stack(errors).argsort(descending=True).tolist():
+        wrong.add(i)
+        after = 1 - len(inside - wrong) / len(inside | wrong)
+        parts.append(errors[i] * (after - before))
+        before = after
+    return added(parts)
+
+
+def plain_identity(found: SegmentorOutput, labels: Tensor) -> tuple[Tensor, float]:
+    assert found.aux is not None
+    assert found.aux.identity_BK is not None
+    losses = []
+    for identity_K, image in zip(found.aux.identity_BK, labels, strict=True):
+        if present := present_classes(image):
+            p = 1 / (1 + (-identity_K).exp())
+            losses += [-(p[k] if k in present else 1 - p[k]).log() for k in range(K)]
+    return added(losses), len(losses)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()
+
+
+def plain_region(found: SegmentorOutput, labels: Tensor) -> tuple[Tensor, float]:
+    assert found.aux is not None
+    assert found.aux.regions_BKD is not None
+    pairs = [
+        cosine(regions_KD[i], regions_KD[j])
+        for regions_KD, image in zip(found.aux.regions_BKD, labels, strict=True)
+        for i, j in itertools.combinations(present_classes(image), 2)
+    ]
+    return added([c for c in pairs if c > 0]), len(pairs)
+
+
+def plain_patch(found: SegmentorOutput, labels: Tensor) -> tuple[Tensor, float]:
+    assert found.aux is not None
+    assert found.aux.embedding_BEhw is not None
+    losses = []
+    for image in labelled(found.aux.embedding_BEhw, grid_labels(labels)):
+        units = [(z / (z * z).sum().sqrt(), k) for z, k in image]
+        sums = [(k, torch.stack([z for z, label in units if label == k]).sum(dim=0)) for k in {k for _, k in units}]
+        centres = dict(sums)
+        pulls = [1 - cosine(z, centres[k]) for z, k in units]
+        pushes = [cosine(centres[i], centres[j]).clamp_min(0) for i, j in itertools.combinations(centres, 2)]
+        if image:
+            losses.append(mean(pulls) + mean(pushes))
+    return added(losses), len(losses)
+
+
+def on_grid(field: str) -> Reference:
+    return lambda found, labels: plain_ce(getattr(found.aux, field), grid_labels(labels))
+
+
+CLASS_WEIGHTS = (0.5, 1.0, 2.0, 0.0, 3.5)
+CASES: dict[str, tuple[LossWeights, Reference]] = {
+    "ce": (only("ce"), lambda found, labels: plain_ce(found.logits, labels)),
+    "ce with class weights": (
+        only("ce", classes=CLASS_WEIGHTS),
+        lambda found, labels: plain_ce(found.logits, labels, CLASS_WEIGHTS),
+    ),
+    "ohem": (only("ohem"), plain_ohem),
+    "dice": (only("dice"), lambda found, labels: over_present_classes(found, labels, dice_of_class)),
+    "lovasz": (only("lovasz"), lambda found, labels: over_present_classes(found, labels, lovasz_of_class)),
+    "local": (only("local"), on_grid("local_BKhw")),
+    "coarse": (only("coarse"), on_grid("coarse_BKhw")),
+    "attention": (only("attention"), on_grid("attention_BKhw")),
+    "identity": (only("identity"), plain_identity),
+    "region": (only("region"), plain_region),
+    "patch": (only("patch"), plain_patch),
+}
+
+
+def test_every_term_has_a_reference() -> None:
+    assert [name for name in CASES if " " not in name] == term_names()
+
+
+@pytest.mark.parametrize("labels", [mixed_labels(), one_class(), all_ignored()], ids=["mixed", "one class", "ignored"])
+@pytest.mark.parametrize("case", CASES)
+def test_sum_weight_and_gradient_are_those_of_the_plain_reference(case: str, labels: Tensor) -> None:
+    weights, reference = CASES[case]
+    ours = converted(output(confident=2.0), lambda t: t.requires_grad_())
+    plain = converted(output(confident=2.0), lambda t: t.double().requires_grad_())
+    terms = segmentation_loss(ours, labels, weights)
+    ((value, weight),) = terms.values()
+    expected, expected_weight = reference(plain, labels)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+    assert float(weight) == pytest.approx(expected_weight)
+    total_loss(terms, weights).backward()
+    if expected.requires_grad:
+        (expected / max(expected_weight, 1e-6)).backward()
+    for name, leaf in tensors_of(plain).items():
+        gradient = tensors_of(ours)[name].grad
+        gradient = torch.zeros_like(leaf) if gradient is None else gradient.double()
+        torch.testing.assert_close(
+            gradient, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, rtol=1e-3, atol=1e-7
+        )
+
+
+# ---------------------------------------------------------------- the same by torch, and by what they stand for
 
 
 def test_ce_equals_torch_cross_entropy() -> None:
@@ -134,36 +254,13 @@ def test_ce_equals_torch_cross_entropy() -> None:
     assert float(terms["ce"][1]) == int((labels != IGNORE_INDEX).sum())
 
 
-@pytest.mark.parametrize("classes", [(0.5, 1.0, 2.0, 0.0, 3.5), (1, 2, 3, 4, 5)], ids=["floats", "whole numbers"])
+@pytest.mark.parametrize("classes", [CLASS_WEIGHTS, (1, 2, 3, 4, 5)], ids=["floats", "whole numbers"])
 def test_ce_with_class_weights_equals_torch_cross_entropy(classes: tuple[float, ...]) -> None:
     found, labels, weights = output(), random_labels(3, H, W), only("ce", classes=classes)
     expected = F.cross_entropy(
         found.logits, labels.long(), weight=torch.tensor(classes).float(), ignore_index=IGNORE_INDEX
     )
     torch.testing.assert_close(total_loss(segmentation_loss(found, labels, weights), weights), expected)
-
-
-def test_ohem_equals_brute_force_and_counts_all_labelled_pixels() -> None:
-    found, labels = output(confident=2.0), mixed_labels()
-    total, weight = segmentation_loss(found, labels, only("ohem"))["ohem"]
-    assert float(total) == pytest.approx(brute_ohem(found.logits, labels), rel=1e-5)
-    assert float(weight) == int((labels != IGNORE_INDEX).sum())
-    everything = F.cross_entropy(found.logits, labels.long(), ignore_index=IGNORE_INDEX, reduction="sum")
-    assert total < everything
-
-
-def test_dice_equals_brute_force_and_counts_labelled_images() -> None:
-    found, labels = output(), mixed_labels()
-    total, weight = segmentation_loss(found, labels, only("dice"))["dice"]
-    assert float(total) == pytest.approx(brute_dice(found.logits, labels), rel=1e-5)
-    assert float(weight) == 2
-
-
-def test_lovasz_equals_brute_force_and_counts_labelled_images() -> None:
-    found, labels = output(), mixed_labels()
-    total, weight = segmentation_loss(found, labels, only("lovasz"))["lovasz"]
-    assert float(total) == pytest.approx(brute_lovasz(found.logits, labels), rel=1e-4)
-    assert float(weight) == 2
 
 
 def test_lovasz_of_hard_predictions_is_one_minus_mean_iou() -> None:
@@ -188,49 +285,7 @@ def test_right_and_certain_predictions_cost_nothing(term: str) -> None:
     assert float(total) == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("term", "field"), [("local", "local_BKhw"), ("coarse", "coarse_BKhw"), ("attention", "attention_BKhw")]
-)
-def test_grid_terms_are_cross_entropy_against_majority_labels(term: str, field: str) -> None:
-    found, labels = output(), mixed_labels()
-    reduced = grid_labels(labels)
-    terms = segmentation_loss(found, labels, only(term))
-    expected = F.cross_entropy(getattr(found.aux, field), reduced, ignore_index=IGNORE_INDEX)
-    torch.testing.assert_close(total_loss(terms, only(term)), expected)
-    assert float(terms[term][1]) == int((reduced != IGNORE_INDEX).sum())
-
-
-def test_identity_is_binary_cross_entropy_over_labelled_images() -> None:
-    found, labels = output(), mixed_labels()
-    assert found.aux is not None
-    assert found.aux.identity_BK is not None
-    truth = torch.tensor([[float(k in present_classes(image)) for k in range(K)] for image in labels])
-    expected = F.binary_cross_entropy_with_logits(found.aux.identity_BK[:2], truth[:2])
-    terms = segmentation_loss(found, labels, only("identity"))
-    torch.testing.assert_close(total_loss(terms, only("identity")), expected)
-    assert float(terms["identity"][1]) == 2 * K
-
-
-def test_region_separation_equals_brute_force_over_pairs_of_present_classes() -> None:
-    found, labels = output(), mixed_labels()
-    assert found.aux is not None
-    assert found.aux.regions_BKD is not None
-    total, weight = segmentation_loss(found, labels, only("region"))["region"]
-    expected, pairs = brute_region(found.aux.regions_BKD, labels)
-    assert float(total) == pytest.approx(expected, rel=1e-5)
-    assert float(weight) == pairs > 1
-
-
-def test_patch_separation_equals_brute_force() -> None:
-    found, labels = output(), mixed_labels()
-    assert found.aux is not None
-    assert found.aux.embedding_BEhw is not None
-    total, weight = segmentation_loss(found, labels, only("patch"))["patch"]
-    assert float(total) == pytest.approx(brute_patch(found.aux.embedding_BEhw, grid_labels(labels)), rel=1e-5)
-    assert float(weight) == 2
-
-
-@pytest.mark.parametrize("classes", [None, (0.5, 1.0, 2.0, 0.0, 3.5)])
+@pytest.mark.parametrize("classes", [None, CLASS_WEIGHTS])
 @pytest.mark.parametrize(
     "labels", [random_labels(3, H, W), mixed_labels(), mixed_labels()[2:]], ids=["all", "mixed", "none"]
 )
@@ -244,37 +299,22 @@ def test_term_weights_equal_the_weights_in_the_loss(labels: Tensor, classes: tup
 
 def test_sums_and_weights_of_a_batch_are_those_of_its_images_added() -> None:
     found, labels = output(), mixed_labels()
-    assert found.aux is not None
     whole = segmentation_loss(found, labels, ALL)
     parts: list[Terms] = []
-    for b in range(3):
-        tensors: dict[str, Any] = {n: v[b : b + 1] for n, v in vars(found.aux).items() if isinstance(v, Tensor)}
-        one = SegmentorOutput(found.logits[b : b + 1], replace(found.aux, **tensors))
-        parts.append(segmentation_loss(one, labels[b : b + 1], ALL))
+    for one in (slice(0, 1), slice(1, 2), slice(2, 3)):
+        parts.append(segmentation_loss(converted(found, lambda t, one=one: t[one]), labels[one], ALL))
     for name, (total, weight) in whole.items():
         torch.testing.assert_close(sum(part[name][0] for part in parts), total)
         assert sum(float(part[name][1]) for part in parts) == float(weight)
 
 
-def one_class() -> Tensor:
-    return torch.full((3, H, W), 3)
-
-
-def all_ignored() -> Tensor:
-    return torch.full((3, H, W), IGNORE_INDEX)
-
-
 @pytest.mark.parametrize("labels", [one_class(), all_ignored()], ids=["one class", "all ignored"])
 def test_degenerate_crops_give_finite_losses_and_gradients(labels: Tensor) -> None:
-    found = output()
-    assert found.aux is not None
-    leaves = [found.logits, *(v for v in vars(found.aux).values() if isinstance(v, Tensor))]
-    for leaf in leaves:
-        leaf.requires_grad_()
+    found = converted(output(), lambda t: t.requires_grad_())
     loss = total_loss(segmentation_loss(found, labels, ALL), ALL)
     loss.backward()
     assert loss.isfinite()
-    for leaf in leaves:
+    for leaf in tensors_of(found).values():
         assert leaf.grad is not None, "the graph is lost"
         assert leaf.grad.isfinite().all()
 
@@ -297,6 +337,51 @@ def test_logits_of_ignored_pixels_never_change_a_main_term(term: str) -> None:
     before = segmentation_loss(SegmentorOutput(found.logits, None), labels, only(term))[term]
     after = segmentation_loss(changed, labels, only(term))[term]
     torch.testing.assert_close(after, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("term", term_names())
+def test_half_precision_outputs_cost_what_their_values_cost_in_fp32(term: str, dtype: torch.dtype) -> None:
+    labels = random_labels(1, 250, 380)  # more pixels than half precision can count
+    aux = output(1).aux
+    assert aux is not None
+    large = SegmentorOutput(torch.randn(1, K, 250, 380), replace(aux, stride=64))
+    half = converted(large, lambda t: t.to(dtype))
+    found = segmentation_loss(half, labels, only(term))[term][0]
+    expected = segmentation_loss(converted(half, Tensor.float), labels, only(term))[term][0]
+    assert found.isfinite()
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_autocast_around_the_loss_changes_no_bit() -> None:
+    found, labels = output(), mixed_labels()
+    expected = segmentation_loss(found, labels, ALL)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = segmentation_loss(found, labels, ALL)
+    torch.testing.assert_close(terms, expected, rtol=0, atol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most bytes of any tensor that an operation gives."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.bytes = max(self.bytes, tensor.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("term", ["ce", "ohem", "dice", "lovasz"])
+def test_no_tensor_of_a_main_term_is_larger_than_the_logits(term: str) -> None:
+    logits = torch.randn(2, 60, 32, 32, requires_grad=True)
+    labels = random_labels(2, 32, 32)
+    with LargestTensor() as largest:
+        total_loss(segmentation_loss(SegmentorOutput(logits, None), labels, only(term)), only(term)).backward()
+    assert largest.bytes == logits.nbytes
 
 
 def test_output_without_aux_gives_the_main_terms_only() -> None:
@@ -332,6 +417,12 @@ def test_total_is_the_weighted_sum_over_given_totals_times_the_world_size() -> N
 def test_impossible_loss_weight_is_refused_by_name(value: float) -> None:
     with pytest.raises(ValueError, match="loss weight region must be 0 or more and finite"):
         LossWeights(region=value)
+
+
+@pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan")])
+def test_impossible_class_weight_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="loss weight classes must be 0 or more and finite"):
+        LossWeights(classes=(1.0, value, 1.0))
 
 
 def test_class_weights_of_another_length_are_refused() -> None:

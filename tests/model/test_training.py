@@ -4,6 +4,7 @@ Shapes: B batch, S side of a crop.
 """
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from repsep_model import ConfusionMatrix, LossWeights, segmentation_loss
 from repsep_model.images import UInt8
 from repsep_model.labels import IGNORE_INDEX
+from repsep_model.losses import term_names
 from repsep_model.optim import Ema, parameter_groups
 from repsep_model.training import Batch, NonFiniteLossError, StepSettings, TrainState, train_step, validate
 from tests.model.tiny import K, random_images, random_labels, tiny_segmentor
@@ -78,26 +80,96 @@ def test_accumulated_gradient_equals_that_of_the_whole_batch(sizes: tuple[int, .
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+TERMS = {name: LossWeights(**(dict.fromkeys(term_names(), 0.0) | {name: 1.0})) for name in term_names()}
+TERMS["ce with class weights"] = replace(TERMS["ce"], classes=(0.5, 1.0, 2.0, 0.0, 3.5))
+SPLITS = {"1 micro-batch": (3,), "3 micro-batches": (1, 1, 1)}
+
+
+def unequal() -> Batch:
+    """Six images, of which the last three have far fewer labelled pixels, and other classes, than the first three."""
+    images, labels = random_images(6, S, S), random_labels(6, S, S)
+    labels[1][labels[1] != IGNORE_INDEX] = 3
+    labels[3, 8:] = IGNORE_INDEX
+    labels[4, :, 8:] = IGNORE_INDEX
+    labels[5, 20:] = IGNORE_INDEX
+    return images, labels
+
+
+def one_rank_without_labels() -> Batch:
+    images, labels = unequal()
+    labels[3:] = IGNORE_INDEX
+    return images, labels
+
+
+def one_class() -> Batch:
+    images, labels = unequal()
+    labels[labels != IGNORE_INDEX] = 2
+    return images, labels
+
+
+BATCHES = {"unequal": unequal, "one rank without labels": one_rank_without_labels, "one class": one_class}
+
+
+def gradient_of(state: TrainState, batches: list[Batch], term: str, **how: Any) -> tuple[Tensor, float]:
+    """All parameters' gradients after a step, in one vector, and the step's loss; the rate is 0, so nothing moves."""
+    report = train_step(state, batches, replace(SETTINGS, weights=TERMS[term]), **how)
+    return torch.cat([p.grad.flatten() for p in state.raw.parameters() if p.grad is not None]), report["loss"]
+
+
 def rank_main(rank: int, folder: str) -> None:
     """What one of two processes does: its own share of each step, gradients averaged by DDP."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    how: dict[str, Any] = {"rank": rank, "world_size": 2, "all_reduce": dist.all_reduce}
     state = fresh_state()
     state.model = DistributedDataParallel(state.raw)
     batches = pieces(uneven_batch(), 1, 1, 2, 1)
-    mine = batches[:2] if rank == 0 else batches[2:]
-    report = {}
-    for _ in range(2):
-        report = train_step(state, mine, SETTINGS, rank=rank, world_size=2, all_reduce=dist.all_reduce)
-    torch.save({"weights": weights_of(state), "report": report}, Path(folder, f"{rank}.pt"))
+    report = [train_step(state, batches[2 * rank : 2 * rank + 2], SETTINGS, **how) for _ in range(2)][-1]
+    still = fresh_state(lr=0.0)
+    still.model = DistributedDataParallel(still.raw)
+    found = {
+        (term, batch, split): gradient_of(
+            still, pieces(whole(), *sizes, *sizes)[rank * len(sizes) :][: len(sizes)], term, **how
+        )
+        for term, (batch, whole), (split, sizes) in itertools.product(TERMS, BATCHES.items(), SPLITS.items())
+    }
+    torch.save({"weights": weights_of(state), "report": report, "gradients": found}, Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
 
-def test_two_ranks_with_unequal_labels_do_what_one_process_does_with_the_global_batch(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes over gloo found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(rank_main, args=(str(folder),), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def still() -> TrainState:
+    return fresh_state(lr=0.0)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("term", TERMS)
+def test_each_terms_gradient_over_micro_batches_and_ranks_is_that_of_the_whole_batch(
+    ranks: list[dict[str, Any]], still: TrainState, term: str, batch: str
+) -> None:
+    whole = BATCHES[batch]()
+    expected, loss = gradient_of(still, [whole], term)
+    found = {"3 micro-batches": gradient_of(still, pieces(whole, 1, 2, 3), term)}
+    found |= {f"rank {r}, {split}": ranks[r]["gradients"][term, batch, split] for r in range(2) for split in SPLITS}
+    assert batch != "unequal" or expected.norm() > 1e-3
+    for how, (gradient, mean) in found.items():
+        assert (gradient - expected).norm() <= 1e-4 * expected.norm(), how
+        assert mean == pytest.approx(loss, rel=1e-5), how
+
+
+def test_two_ranks_with_unequal_labels_do_what_one_process_does_with_the_global_batch(
+    ranks: list[dict[str, Any]],
+) -> None:
     one = fresh_state()
     report = [train_step(one, [uneven_batch()], SETTINGS) for _ in range(2)][-1]
-    mp.spawn(rank_main, args=(str(tmp_path),), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert_same_bits(ranks[0]["weights"], ranks[1]["weights"])
     torch.testing.assert_close(ranks[0]["weights"], weights_of(one), rtol=1e-3, atol=1e-5)
     for found in ranks:

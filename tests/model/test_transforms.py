@@ -4,17 +4,20 @@ Shapes: H x W pixels of the source, S the crop's side.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
 from repsep_model.images import UInt8
 from repsep_model.labels import IGNORE_INDEX
-from repsep_model.transforms import Augmentation, augment, canvas, sample_rng
+from repsep_model.transforms import Augmentation, augment, canvas, class_probabilities, sample_rng
 
 FILL = (120, 110, 100)
 GEOMETRY = Augmentation(crop=64, photometric=0.0)
@@ -106,6 +109,34 @@ def test_scaled_image_and_mask_stay_aligned() -> None:
     assert len(scales) > 6
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("scale", [0.5, 0.61, 0.83, 0.97, 1.0, 1.21, 1.37, 1.93, 2.0])
+def test_labels_change_exactly_where_the_scaled_image_does(scale: float, axis: int) -> None:
+    """Half way between two colours is half way between two classes: not a pixel before, nor half a pixel."""
+    mask = np.indices((97, 113))[axis].astype(np.uint8) // 12 % 2
+    image = np.repeat(250 * mask[..., None], 3, axis=2)
+    for index in range(3):
+        pixels, labels = crop((image, mask), replace(GEOMETRY, scale=(scale, scale)), index=index)
+        decided = (labels != IGNORE_INDEX) & ((pixels[0].int() - 125).abs() > 2)
+        assert decided.sum() > 0.8 * (labels != IGNORE_INDEX).sum()
+        assert torch.equal(pixels[0][decided] > 125, labels[decided] == 1)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("size", [(1, 1), (1, 150), (150, 1), (2, 3), (20, 150), (150, 20)])
+def test_sources_smaller_than_the_crop_keep_all_their_pixels(size: tuple[int, int], scale: float) -> None:
+    how = Augmentation(crop=64, scale=(scale, scale), flip=0.0)
+    image, mask = blocks(*size)
+    mask[:] = np.arange(size[1]) % 7
+    pixels, labels = crop((image, mask), how)
+    height, width = (min(64, max(1, round(side * scale))) for side in size)
+    inside = torch.zeros(64, 64, dtype=torch.bool)
+    inside[:height, :width] = True
+    assert torch.equal(labels != IGNORE_INDEX, inside)
+    assert labels[inside].max() < 7
+    assert (pixels[:, ~inside] == torch.tensor(FILL)[:, None]).all()
+
+
 def test_scaling_makes_no_new_label() -> None:
     for index in range(6):
         _, labels = crop(blocks(), GEOMETRY, index=index)
@@ -123,6 +154,13 @@ def test_padding_is_the_fill_colour_and_ignored(flip: float) -> None:
     assert (image[2][~padded] == 0).all()
 
 
+def test_padding_keeps_the_fill_colour_under_photometric_distortion() -> None:
+    for index in range(6):
+        image, _ = crop(blocks(40, 50), replace(UNSCALED, flip=0.0, photometric=1.0), index=index)
+        assert (image[:, 40:] == torch.tensor(FILL).view(3, 1, 1)).all()
+        assert (image[:, :, 50:] == torch.tensor(FILL).view(3, 1, 1)).all()
+
+
 def test_flip_mirrors_image_and_labels_alike() -> None:
     straight = crop(blocks(), Augmentation(crop=64, flip=0.0, photometric=0.0), index=3)
     mirrored = crop(blocks(), Augmentation(crop=64, flip=1.0, photometric=0.0), index=3)
@@ -136,6 +174,25 @@ def test_photometric_distortion_changes_colours_and_no_label() -> None:
     assert torch.equal(distorted[1], plain[1])
     difference = (distorted[0].float() - plain[0].float()).abs().mean()
     assert 2 < difference < 100
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+def test_contrast_comes_before_or_after_the_colours(probability: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        monkeypatch.setattr(TF, f"adjust_{name}", lambda pixels, factor, name=name: called.append(name) or pixels)
+    first = ("brightness", "contrast", "saturation", "hue")
+    last = ("brightness", "saturation", "hue", "contrast")
+    orders = []
+    for index in range(200):
+        called.clear()
+        crop(blocks(64, 64), replace(UNSCALED, photometric=probability), index=index)
+        orders.append(tuple(called))
+        assert orders[-1] in [tuple(name for name in order if name in called) for order in (first, last)]
+    for name in first:
+        assert abs(sum(name in order for order in orders) / 200 - probability) < 0.15
+    if probability == 1:
+        assert 60 < orders.count(first) < 140
 
 
 def test_scale_stays_in_its_range_on_both_sides_of_one() -> None:
@@ -167,6 +224,28 @@ def test_crops_of_nearly_one_class_are_drawn_again() -> None:
     assert unbalanced[1] < 0.5 * unbalanced[0]
 
 
+def test_crop_is_judged_by_the_pixels_that_it_holds() -> None:
+    """At half the size every second column is left: which ones decides whether the left or the right half is mixed."""
+    columns = np.arange(400)
+    varied, plain = columns // 2 % 5, np.full(400, 5)
+    mask = np.where((columns % 2 == 0) == (columns < 200), varied, plain).astype(np.uint8)[None].repeat(400, axis=0)
+    how = replace(GEOMETRY, scale=(0.5, 0.5), flip=0.0)
+    shares = [share_of_commonest(crop((np.zeros((400, 400, 3), np.uint8), mask), how, index=i)[1]) for i in range(60)]
+    assert sum(share > how.max_class_share for share in shares) < 3, "10 tries find a mixed crop nearly always"
+
+
+def test_limit_of_one_takes_every_labelled_crop() -> None:
+    """As does one that nothing reaches: no crop is drawn a second time."""
+    image, mask = coordinates()
+    for index in range(8):
+        crops = [
+            crop((image, 0 * mask), replace(UNSCALED, max_class_share=limit), index=index)[0]
+            for limit in (0.9, 1.0, 2.0)
+        ]
+        assert torch.equal(crops[1], crops[2])
+        assert not torch.equal(crops[0], crops[1])
+
+
 @pytest.mark.parametrize("label", [2, IGNORE_INDEX])
 def test_source_of_one_label_still_gives_a_crop(label: int) -> None:
     source = np.zeros((100, 100, 3), np.uint8), np.full((100, 100), label, np.uint8)
@@ -196,3 +275,29 @@ def test_canvas_holds_the_image_at_its_top_left_and_the_fill_elsewhere() -> None
 def test_canvas_of_an_image_that_fits_is_the_image() -> None:
     image, _ = blocks(64, 96)
     assert canvas(image, 32, FILL) is image
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 10.0])
+def test_class_probabilities_are_the_softmax_of_rarity(temperature: float) -> None:
+    pixels = [700, 100, 0, 150, 50]
+    weights = [math.exp((1 - n / 1000) / temperature) if n else 0.0 for n in pixels]
+    expected = [weight / sum(weights) for weight in weights]
+    assert class_probabilities(pixels, temperature).tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_rarer_classes_are_drawn_more_often_and_all_alike_at_a_high_temperature() -> None:
+    pixels = [10**12, 3 * 10**11, 10**11, 5]
+    found = class_probabilities(pixels, 0.5)
+    assert found.sum() == pytest.approx(1)
+    assert (np.diff(found) > 0).all()
+    assert class_probabilities(pixels, 1e6) == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "expected"),
+    [([0, 0, 0], [0, 0, 0]), ([0, 8, 0], [0, 1, 0]), ([10**15, 1, 0], [0, 1, 0]), ([5, 5], [0.5, 0.5])],
+)
+def test_no_temperature_and_no_empty_class_make_a_probability_that_is_none(
+    pixels: list[int], expected: list[float]
+) -> None:
+    assert class_probabilities(pixels, 1e-4).tolist() == expected

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
+
+from pipelines.dataset import Dataset
 
 Bytes = NDArray[np.uint8]
 
@@ -68,3 +71,18 @@ def write_source(folder: Path, keys: Sequence[str]) -> Path:
     for number, key in enumerate(keys):
         write_pair(folder, key, number)
     return folder
+
+
+def rows_of(dataset: Dataset, split: str) -> list[dict[str, Any]]:
+    """Every row of a split, in order."""
+    found = []
+    for shard in dataset.manifest["splits"][split]["shards"]:
+        with dataset.folder.open(shard["file"]) as handle:
+            found += pq.read_table(handle).to_pylist()
+    return found
+
+
+def rejects_of(workspace: Path) -> dict[str, str]:
+    """Key -> reason, of the only preparation in a workspace."""
+    (file,) = workspace.rglob("rejects.parquet")
+    return {row["key"]: row["reason"] for row in pq.read_table(file).to_pylist()}

@@ -80,6 +80,12 @@ def test_values_that_do_not_go_together_are_named_without_the_rest(recipe_file: 
     assert str(caught.value) == f"{file}: sweep: validate_every=20 is over steps=10: no trial would report"
 
 
+@pytest.mark.parametrize("scale", ["[0, 1]", "[-1, 2]", "[2, 0.5]"])
+def test_a_scale_that_is_no_range_of_factors_is_named(recipe_file: Any, scale: str) -> None:
+    with pytest.raises(UsageError, match=r"train\.augment: scale is a range of factors over 0, low then high"):
+        load_recipe(recipe_file(f"train: {{augment: {{scale: {scale}}}}}"))
+
+
 def test_all_that_is_wrong_is_said_at_once(recipe_file: Any) -> None:
     with pytest.raises(UsageError) as caught:
         load_recipe(recipe_file("train: {stepz: 5, lr: -1}\nevaluate: {overlays: -3}"))
@@ -164,7 +170,7 @@ def test_an_empty_file_means_the_defaults(recipe_file: Any) -> None:
 
 @pytest.mark.parametrize("name", ["missing.yaml", "folder/missing.yaml", "missing"])
 def test_a_missing_recipe_is_answered_with_those_that_come_along(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"there is no recipe .*missing\.yaml; .*demo, sweep"):
+    with pytest.raises(UsageError, match=r"there is no recipe .*missing\.yaml; .*demo, .*sweep"):
         load_recipe(name if name == "missing" else tmp_path / name)
 
 

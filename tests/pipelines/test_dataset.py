@@ -8,16 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.config import PrepareConfig
-from pipelines.dataset import SHUFFLE_GROUPS, Dataset, SampleOrder, Split, TrainLoader, group_of, open_dataset
+from pipelines.config import PrepareConfig, load_recipe
+from pipelines.dataset import SCHEMA, SHUFFLE_GROUPS, Dataset, SampleOrder, Split, TrainLoader, group_of, open_dataset
 from pipelines.errors import RepsepError, UsageError
 from pipelines.prepare import prepare
 from pipelines.storage import Folder
-from repsep_model.transforms import Augmentation, sample_rng
+from repsep_model.transforms import Augmentation, class_probabilities, sample_rng
 from tests.pipelines.layout import write_source
 
 # Row groups of all kinds: alike, uneven, fewer and more than are mixed with each other.
@@ -102,6 +105,20 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     assert len({epoch(seed, number) for seed in range(3) for number in range(3)}) == 9
 
 
+def test_known_seed_gives_the_order_that_it_always_gave() -> None:
+    """A checkpoint holds a position, not an order: with another order it would go on elsewhere."""
+    order = SampleOrder(split_of([4, 1, 7, 2] * 6), 7)
+    assert [order.locate(p)[1:] for p in range(80, 88)] == [
+        *[(12, 3), (6, 5), (13, 0), (22, 4)],  # the end of the first epoch
+        *[(14, 2), (7, 0), (11, 0), (18, 0)],
+    ]
+
+
+def test_large_seeds_keep_all_their_bits() -> None:
+    seeds = [2**63, 2**63 + 1, 2**64 - 1]
+    assert len({tuple(SampleOrder(split_of([30]), seed).locate(p) for p in range(30)) for seed in seeds}) == 3
+
+
 def test_rows_of_neighbouring_groups_are_mixed() -> None:
     order = SampleOrder(split_of([16] * SHUFFLE_GROUPS), 0)
     groups = [order.locate(p)[1] for p in range(16 * SHUFFLE_GROUPS)]
@@ -116,18 +133,164 @@ def test_no_more_groups_are_mixed_than_a_reader_can_hold() -> None:
         assert len({order.locate(p)[1] for p in range(start, min(start + block, 200))}) <= SHUFFLE_GROUPS
 
 
+# ---------------------------------------------------------------- rare classes
+
+
+def split_with(folder: Path, classes: list[list[int]], group_rows: int) -> Split:
+    """A split of one shard whose rows hold these classes, and nothing else."""
+    columns = {"key": [str(i) for i in range(len(classes))], "classes": classes}
+    columns |= {name: [None] * len(classes) for name in SCHEMA.names if name not in columns}
+    (folder / "train").mkdir()
+    pq.write_table(pa.table(columns, schema=SCHEMA), folder / "train/0.parquet", row_group_size=group_rows)
+    groups = [min(group_rows, len(classes) - start) for start in range(0, len(classes), group_rows)]
+    return Split(Folder(str(folder)), [{"file": "train/0.parquet", "row_groups": groups}], None)
+
+
+def random_classes(rows: int) -> list[list[int]]:
+    """Class 0 in nearly every row, the others ever rarer; some rows hold none."""
+    rng = np.random.default_rng(0)
+    return [np.flatnonzero(rng.random(5) < [0.8, 0.5, 0.3, 0.1, 0.02]).tolist() for _ in range(rows)]
+
+
+PROBABILITIES = np.array([0.02, 0.08, 0.2, 0.3, 0.4])
+
+
+def numbers(order: SampleOrder, positions: range) -> list[int]:
+    """The rows at these positions, each by its number in the split."""
+    starts = np.cumsum([0, *(len(rows) for rows in order.split.rows)])
+    return [int(starts[group]) + row for _, group, row in map(order.locate, positions)]
+
+
+def test_classes_are_drawn_by_their_probability(tmp_path: Path) -> None:
+    classes = [[k] for k in (0, 0, 0, 1, 1, 2, 0, 3, 0, 4, 0, 1)]
+    order = SampleOrder(split_with(tmp_path, classes, 2), 0, PROBABILITIES)
+    draws = 12 * 300
+    drawn = np.bincount([classes[i][0] for i in numbers(order, range(draws))], minlength=5)
+    deviation = np.sqrt(draws * PROBABILITIES * (1 - PROBABILITIES))
+    assert (np.abs(drawn - draws * PROBABILITIES) < 4.5 * deviation).all(), "less than 1 in 25,000 by chance"
+
+
+def test_rows_come_as_often_as_the_classes_that_they_hold_say(tmp_path: Path) -> None:
+    """Expected by hand, block by block: each class's share among those there, divided among the rows that hold it."""
+    classes = random_classes(120)
+    split = split_with(tmp_path, classes, 3)
+    plain, rare = SampleOrder(split, 0), SampleOrder(split, 0, PROBABILITIES)
+    block, epochs = 3 * SHUFFLE_GROUPS, 60
+    expected, found = np.zeros(120), np.zeros(120)
+    for epoch in range(epochs):
+        for start in range(0, 120, block):
+            places = range(120 * epoch + start, 120 * epoch + min(start + block, 120))
+            rows = numbers(plain, places)
+            there = {k for i in rows for k in classes[i]}
+            for k in there:
+                holders = [i for i in rows if k in classes[i]]
+                share = PROBABILITIES[k] / sum(PROBABILITIES[j] for j in there)
+                expected[holders] += len(places) * share / len(holders)
+            np.add.at(found, numbers(rare, places), 1)
+    assert expected.max() > 10 * expected[expected > 0].min()
+    assert (np.abs(found - expected) <= 5 * np.sqrt(expected)).all()
+    assert found[[i for i, held in enumerate(classes) if not held]].sum() == 0
+
+
+def test_rare_classes_leave_each_block_its_row_groups(tmp_path: Path) -> None:
+    split = split_with(tmp_path, random_classes(2 * 3 * SHUFFLE_GROUPS), 3)
+    orders = SampleOrder(split, 0), SampleOrder(split, 0, PROBABILITIES)
+    for start in range(0, 3 * len(split), 3 * SHUFFLE_GROUPS):
+        plain, rare = ({order.locate(start + p)[1] for p in range(3 * SHUFFLE_GROUPS)} for order in orders)
+        assert rare <= plain
+
+
+@pytest.mark.parametrize("classes", [[[]] * 60, [[0], []] * 30], ids=["no class", "a class of no probability"])
+def test_blocks_without_a_class_to_draw_keep_their_plain_order(tmp_path: Path, classes: list[list[int]]) -> None:
+    split = split_with(tmp_path, classes, 2)
+    probabilities = np.array([0.0, 1.0])
+    assert numbers(SampleOrder(split, 0, probabilities), range(120)) == numbers(SampleOrder(split, 0), range(120))
+
+
+def test_rows_that_are_left_out_are_not_drawn_for_their_classes(tmp_path: Path) -> None:
+    split = split_with(tmp_path, [[4], [0], [1], [0], [4], [4]], 2)
+    split.rows = [np.array([1]), np.array([0, 1]), np.array([], np.int64)]
+    order = SampleOrder(split, 0, PROBABILITIES)
+    assert order.length == 3
+    assert {order.locate(p)[1:] for p in range(60)} == {(0, 1), (1, 0), (1, 1)}
+
+
+def test_a_drawn_position_is_the_same_whatever_was_asked_before_or_at_once(tmp_path: Path) -> None:
+    split = split_with(tmp_path, random_classes(24), 1)
+    forward = [SampleOrder(split, 5, PROBABILITIES).locate(p) for p in range(72)]
+    order = SampleOrder(split, 5, PROBABILITIES)
+    with ThreadPoolExecutor(4) as pool:
+        positions = [int(p) for p in np.random.default_rng(1).permutation(72)]
+        assert list(pool.map(order.locate, positions)) == [forward[p] for p in positions]
+    assert [order.locate(p) for p in reversed(range(72))] == forward[::-1]
+
+
+def test_only_the_class_column_of_the_block_is_read_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = split_with(tmp_path, random_classes(60), 1)
+    read, whole = [], split._read_group
+    monkeypatch.setattr(split, "_read_group", lambda *what: read.append(what) or whole(*what))
+    order = SampleOrder(split, 0, PROBABILITIES)
+    assert read == []
+    first = {order.locate(p)[1] for p in range(SHUFFLE_GROUPS)}
+    assert first <= {group for group, _ in read}
+    assert len(read) == SHUFFLE_GROUPS
+    for p in (SHUFFLE_GROUPS, SHUFFLE_GROUPS - 1, SHUFFLE_GROUPS + 1):  # across the border and back
+        order.locate(p)
+    assert len(read) == 2 * SHUFFLE_GROUPS
+    assert all(columns == ["classes"] for _, columns in read)
+
+
+@pytest.fixture(scope="module")
+def rare(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Split, NDArray[np.float64]]:
+    """24 training images in 24 row groups, and how often their classes are drawn."""
+    config = PrepareConfig(source=str(scenes), row_group_rows=1)
+    found = open_dataset(prepare(str(tmp_path_factory.mktemp("work")), config).results["dataset"])
+    return found.split("train"), class_probabilities(found.manifest["pixels"], 0.05)
+
+
+@pytest.mark.parametrize("start", [1, 4, 7])
+def test_a_run_with_rare_classes_resumes_where_it_was(rare: tuple[Split, NDArray[np.float64]], start: int) -> None:
+    full, late = steps(rare[0], 0, 8, 5, rare=rare[1]), steps(rare[0], start, 8, 5, rare=rare[1])
+    for ours, theirs in zip(late, full[start:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(joined(ours), joined(theirs), strict=True))
+    plain = steps(rare[0], 0, 8, 5)
+    assert not all(torch.equal(joined(ours)[0], joined(theirs)[0]) for ours, theirs in zip(full, plain, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_workers_share_the_batches_with_rare_classes(rare: tuple[Split, NDArray[np.float64]], ranks: int) -> None:
+    alone = steps(rare[0], 0, 8, 5, rare=rare[1])
+    shares = [steps(rare[0], 0, 8, 5, rank, ranks, rare=rare[1]) for rank in range(ranks)]
+    for step, batch in enumerate(alone):
+        together = joined([part for share in shares for part in share[step]])
+        assert all(torch.equal(a, b) for a, b in zip(together, joined(batch), strict=True))
+
+
+def test_a_temperature_of_nothing_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match=r"train\.rare_class_temperature: .* greater than 0"):
+        load_recipe(None, ["train.rare_class_temperature=0"])
+    assert load_recipe(None).train.rare_class_temperature is None
+
+
 # ---------------------------------------------------------------- batches
 
 
-def loader(split: Split, threads: int = 2) -> TrainLoader:
+def loader(split: Split, threads: int = 2, rare: NDArray[np.float64] | None = None) -> TrainLoader:
     how = Augmentation(crop=32, scale=(0.5, 1.5))
-    return TrainLoader(split, augmentation=how, fill=(120, 120, 120), seed=3, threads=threads)
+    return TrainLoader(split, augmentation=how, fill=(120, 120, 120), seed=3, threads=threads, class_probabilities=rare)
 
 
 def steps(
-    split: Split, start: int, stop: int, batch_size: int, rank: int = 0, ranks: int = 1, micro: int | None = None
+    split: Split,
+    start: int,
+    stop: int,
+    batch_size: int,
+    rank: int = 0,
+    ranks: int = 1,
+    micro: int | None = None,
+    rare: NDArray[np.float64] | None = None,
 ) -> list[list[tuple[Tensor, Tensor]]]:
-    source = loader(split)
+    source = loader(split, rare=rare)
     how = {"batch_size": batch_size, "micro_batch": micro, "rank": rank, "world_size": ranks}
     try:
         return list(source.steps(start, stop, **how))  # type: ignore[arg-type]

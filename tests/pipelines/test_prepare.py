@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from PIL import Image
 from pipelines.config import PrepareConfig
 from pipelines.dataset import SCHEMA, Dataset, open_dataset
 from pipelines.errors import RepsepError, StorageError, UsageError
-from pipelines.prepare import find_pairs, prepare, read_classes
+from pipelines.layouts import read_classes
+from pipelines.pairs import find_pairs
+from pipelines.prepare import prepare
 from pipelines.stage import Receipt
 from pipelines.storage import Folder
 from repsep_model.images import decode_mask
@@ -28,6 +31,8 @@ from tests.pipelines.layout import (
     encoded,
     ids,
     picture,
+    rejects_of,
+    rows_of,
     write_classes,
     write_pair,
     write_source,
@@ -52,19 +57,6 @@ def run(tmp_path: Path) -> Callable[..., Receipt]:
 
 def dataset_of(receipt: Receipt) -> Dataset:
     return open_dataset(receipt.results["dataset"])
-
-
-def rows_of(dataset: Dataset, split: str) -> list[dict[str, Any]]:
-    found = []
-    for shard in dataset.manifest["splits"][split]["shards"]:
-        with dataset.folder.open(shard["file"]) as handle:
-            found += pq.read_table(handle).to_pylist()
-    return found
-
-
-def rejects_of(workspace: Path) -> dict[str, str]:
-    (file,) = workspace.rglob("rejects.parquet")
-    return {row["key"]: row["reason"] for row in pq.read_table(file).to_pylist()}
 
 
 # ---------------------------------------------------------------- what passes
@@ -97,6 +89,26 @@ def test_the_manifest_describes_what_is_in_the_shards(scenes: Path, run: Callabl
         assert all(dataset.folder.sha256(shard["file"]) == shard["sha256"] for shard in split["shards"])
     shards = {f"dataset/{s['file']}" for split in dataset.manifest["splits"].values() for s in split["shards"]}
     assert set(receipt.outputs) == shards | {"dataset/dataset.json", "rejects.parquet"}
+
+
+def test_the_ids_are_counted_by_split_and_told(
+    source: Path, run: Callable[..., Receipt], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, key in enumerate(GOOD):
+        labels = np.full((HEIGHT, WIDTH), 255, np.uint8)
+        labels[: HEIGHT // 2] = number % 2
+        write_pair(source, key, number, mask=encoded(labels))
+    receipt = run(source)
+    half = HEIGHT * WIDTH // 2
+    assert receipt.results["pixels"] == {
+        "train": {"sky": 2 * half, "road": 2 * half, "tree": 0},
+        "val": {"sky": half, "road": half, "tree": 0},
+    }
+    assert receipt.results["ignored"] == {"train": 4 * half, "val": 2 * half}
+    manifest = dataset_of(receipt).manifest
+    assert manifest["splits"]["val"]["pixels"] == [half, half, 0]
+    assert manifest["splits"]["val"]["ignored"] == manifest["ignored"] // 3 == 2 * half
+    assert "prepare: val: sky 25.0 %, road 25.0 %, ignored 50.0 %\n" in capsys.readouterr().err
 
 
 def test_shards_and_row_groups_have_the_sizes_asked_for(scenes: Path, run: Callable[..., Receipt]) -> None:
@@ -182,7 +194,8 @@ def test_a_split_is_a_function_of_the_seed_and_the_fraction() -> None:
     keys = [f"{part}/city{c}/0.{end}" for c in range(200) for part, end in (("images", "jpg"), ("masks", "png"))]
 
     def val(**settings: Any) -> frozenset[str]:
-        return frozenset(p.image for p in find_pairs(keys, PrepareConfig(**settings)) if p.split == "val")
+        pairs, _ = find_pairs("source", keys, PrepareConfig(**settings))
+        return frozenset(p.image for p in pairs if p.split == "val")
 
     assert val() == val()
     assert val(seed=1) != val()
@@ -191,8 +204,9 @@ def test_a_split_is_a_function_of_the_seed_and_the_fraction() -> None:
 
 
 def test_a_pattern_names_what_must_not_be_split() -> None:
-    keys = [f"images/{video}_{frame}.jpg" for video in range(30) for frame in range(4)]
-    pairs = find_pairs(keys, PrepareConfig(group_pattern=r"^(\d+)_", val_fraction=0.5))
+    stems = [f"{video}_{frame}" for video in range(30) for frame in range(4)]
+    keys = [f"{part}/{stem}.png" for part in ("images", "masks") for stem in stems]
+    pairs, _ = find_pairs("source", keys, PrepareConfig(group_pattern=r"^(\d+)_", val_fraction=0.5))
     sides: dict[str, set[str]] = {}
     for pair in pairs:
         sides.setdefault(pair.image.removeprefix("images/").partition("_")[0], set()).add(pair.split)
@@ -236,6 +250,56 @@ def test_a_mask_in_the_classes_colours_is_converted(source: Path, run: Callable[
     assert row["classes"] == sorted(set(np.unique(labels).tolist()) - {255})
 
 
+def indexed(indices: Bytes, palette: dict[int, Sequence[int]]) -> bytes:
+    """An indexed PNG; colours that `palette` does not name are black."""
+    image = Image.frombytes("P", (indices.shape[1], indices.shape[0]), indices.tobytes())
+    image.putpalette([channel for i in range(256) for channel in palette.get(i, (0, 0, 0))])
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+COLOURS = [c["color"] for c in CLASSES]
+
+
+def test_a_palette_that_numbers_the_colours_of_the_classes_otherwise_is_converted(
+    source: Path, run: Callable[..., Receipt]
+) -> None:
+    labels = ids(0)
+    order = np.zeros(256, np.uint8)  # an editor's: tree first, then what is black, sky, road
+    order[[2, 255, 0, 1]] = [0, 1, 2, 3]
+    palette = {0: COLOURS[2], 2: COLOURS[0], 3: COLOURS[1]}
+    write_pair(source, "train/0", 0, mask=indexed(order[labels], palette))
+    receipt = run(source)
+    row = rows_of(dataset_of(receipt), "train")[0]
+    assert np.array_equal(decode_mask(row["mask"]), labels)
+    assert row["classes"] == sorted(set(np.unique(labels).tolist()) - {255})
+    assert receipt.results["warnings"] == [
+        "masks painted in the classes' colours, converted to ids: 1, the first is train/0.jpg"
+    ]
+
+
+@pytest.mark.parametrize(
+    "palette",
+    [
+        dict(enumerate(COLOURS)),
+        {},
+        {0: (128, 0, 0), 1: (0, 128, 0), 2: (128, 128, 0), 255: (224, 224, 192)},
+        {1: COLOURS[1], 2: COLOURS[2]},
+        {0: COLOURS[0], 1: COLOURS[0], 2: (1, 2, 3)},
+    ],
+    ids=["the classes' own", "black", "another list's", "first left black", "one that is no class's"],
+)
+def test_the_indices_of_other_palettes_are_the_ids(
+    source: Path, run: Callable[..., Receipt], palette: dict[int, Sequence[int]]
+) -> None:
+    mask = indexed(ids(0), palette)
+    write_pair(source, "train/0", 0, mask=mask)
+    receipt = run(source)
+    assert rows_of(dataset_of(receipt), "train")[0]["mask"] == mask
+    assert not receipt.results["warnings"]
+
+
 @pytest.mark.parametrize("kind", ["TIFF", "BMP"])
 def test_a_mask_of_another_format_becomes_a_png_of_the_same_ids(
     source: Path, run: Callable[..., Receipt], kind: str
@@ -257,11 +321,26 @@ def test_an_image_is_rotated_as_its_mask_is(source: Path, run: Callable[..., Rec
 # ---------------------------------------------------------------- rejects
 
 
-def rotated(pixels: Bytes) -> bytes:
-    """A JPEG that says: turn me by a quarter."""
+def rotated(pixels: Bytes, orientation: int = 6) -> bytes:
+    """A JPEG that says: turn me, by default by a quarter."""
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     return encoded(pixels, "JPEG", exif=exif.tobytes())
+
+
+def test_an_exif_orientation_that_the_size_cannot_confirm_is_a_warning(
+    source: Path, run: Callable[..., Receipt]
+) -> None:
+    square = HEIGHT
+    write_pair(source, "train/0", 0, image=rotated(picture(0, square, square)), mask=encoded(ids(0, square, square)))
+    write_pair(source, "train/1", 1, image=rotated(picture(1), 3))
+    write_pair(source, "train/2", 2, image=rotated(picture(2)), mask=encoded(ids(2, WIDTH, HEIGHT)))
+    receipt = run(source)
+    assert receipt.results["rejected"] == 0
+    assert receipt.results["warnings"] == [
+        "images with an EXIF orientation that no size confirms, their masks must fit the upright image: 2, "
+        "the first is train/0.jpg"
+    ]
 
 
 def with_id(value: int) -> Bytes:
@@ -319,6 +398,11 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         "masks/train/0.png",
         "the mask has ids out of range: 3; the ids seem to start at 1: subtract 1, with 0 becoming 255",
     ),
+    "ids from 1, 0 unlabelled": (
+        {"mask": encoded(with_id(3))},
+        "masks/train/0.png",
+        "the mask has ids out of range: 3; if 0 means unlabelled, the ids start at 1: subtract 1, with 0 becoming 255",
+    ),
     "unknown colour": (
         {"mask": painted((1, 2, 3))},
         "masks/train/0.png",
@@ -360,6 +444,47 @@ def test_the_same_image_twice_in_one_split_is_no_reason_to_reject(source: Path, 
     assert run(source).results["rejected"] == 0
 
 
+def test_a_mask_without_an_image_is_rejected_by_name(source: Path, run: Callable[..., Receipt], tmp_path: Path) -> None:
+    (source / "images/train/0.jpg").unlink()
+    receipt = run(source, max_reject_rate=0.2)
+    reason = "no image belongs to the mask (the same path under images/)"
+    assert rejects_of(tmp_path / "work") == {"masks/train/0.png": reason}
+    assert receipt.results["images"] == {"train": 3, "val": 2}
+    with pytest.raises(RepsepError, match="1 of 6 pairs were rejected"):
+        run(source, max_reject_rate=0.16)
+
+
+def test_images_that_share_a_mask_are_rejected_with_each_other(
+    source: Path, run: Callable[..., Receipt], tmp_path: Path
+) -> None:
+    (source / "images/train/0.png").write_bytes(encoded(picture(50)))
+    receipt = run(source, max_reject_rate=0.3)
+    reason = "its mask could also be that of another image, rename one: images/train/0."
+    assert rejects_of(tmp_path / "work") == {
+        "images/train/0.jpg": f"{reason}png",
+        "images/train/0.png": f"{reason}jpg",
+    }
+    assert receipt.results["reject_reasons"] == {reason.partition(":")[0]: 2}
+    assert [row["key"] for row in rows_of(dataset_of(receipt), "train")] == [f"train/{i}.jpg" for i in (1, 2, 3)]
+
+
+def test_an_image_with_two_masks_is_rejected_with_both(
+    source: Path, run: Callable[..., Receipt], tmp_path: Path
+) -> None:
+    (source / "masks/train/0.tif").write_bytes(encoded(ids(60), "TIFF"))
+    run(source, max_reject_rate=0.2)
+    reason = "it has several masks, keep one: masks/train/0.png, masks/train/0.tif"
+    assert rejects_of(tmp_path / "work") == {"images/train/0.jpg": reason}
+
+
+def test_a_colour_of_two_classes_converts_no_mask(source: Path, run: Callable[..., Receipt], tmp_path: Path) -> None:
+    write_classes(source, [*CLASSES[:2], CLASSES[2] | {"color": COLOURS[1]}])
+    write_pair(source, "train/0", 0, mask=encoded(np.array([*COLOURS[:2], COLOURS[1]], np.uint8)[ids(0) % 3]))
+    run(source, max_reject_rate=0.2)
+    reason = f"a colour mask with a colour that several classes have: {COLOURS[1]}"
+    assert rejects_of(tmp_path / "work") == {"masks/train/0.png": reason}
+
+
 def test_too_many_rejects_stop_the_stage_and_are_all_listed(
     source: Path, run: Callable[..., Receipt], tmp_path: Path
 ) -> None:
@@ -374,6 +499,68 @@ def test_too_many_rejects_stop_the_stage_and_are_all_listed(
     assert set(rejects_of(tmp_path / "work")) == {"images/train/0.jpg", "masks/val/0.png"}
     assert not list((tmp_path / "work").rglob("_SUCCESS.json"))
     assert run(source, max_reject_rate=0.34).results["rejected"] == 2
+
+
+# ---------------------------------------------------------------- warnings
+
+
+def fill(source: Path, **values: Sequence[int]) -> None:
+    """Masks of the source become halves and quarters of the values that are given for their split."""
+    for number, key in enumerate(GOOD):
+        chosen = np.array(values[key.partition("/")[0]], np.uint8)
+        write_pair(
+            source, key, number, mask=encoded(chosen[np.arange(HEIGHT * WIDTH) % len(chosen)].reshape(HEIGHT, -1))
+        )
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "said"),
+    [
+        ({"train": (0, 1, 2), "val": (0, 1)}, None, []),
+        ({"train": (0, 1), "val": (0,)}, None, ["classes that never occur: tree"]),
+        ({"train": (0, 1), "val": (0, 2)}, None, ["classes that occur in val but never in train: tree"]),
+        (
+            {"train": (0, 1, 2), "val": (0,)},
+            {0: "Unlabelled"},
+            ["id 0 is the class 'Unlabelled', trained and counted as any other; write 255 to ignore it"],
+        ),
+        ({"train": (0, 1, 2), "val": (0,)}, {0: "background"}, []),
+        (
+            {"train": (1, 2), "val": (1, 2)},
+            None,
+            [
+                "id 0 (sky) never occurs: if the masks count from 1, every label is one too high",
+                "classes that never occur: sky",
+            ],
+        ),
+        (
+            {"train": (0, 255), "val": (0, 255)},
+            None,
+            [
+                "the masks hold 0 and 255 only: 255 is ignored; if it means a class here, write its id instead",
+                "classes that never occur: road, tree",
+            ],
+        ),
+        (
+            {"train": (0, 1, 2), "val": (255,)},
+            None,
+            ["masks without a labelled pixel: 2, the first is val/0.jpg"],
+        ),
+    ],
+)
+def test_what_is_suspicious_is_a_warning(
+    source: Path,
+    run: Callable[..., Receipt],
+    capsys: pytest.CaptureFixture[str],
+    values: dict[str, Sequence[int]],
+    names: dict[int, str] | None,
+    said: list[str],
+) -> None:
+    write_classes(source, [c | {"name": (names or {}).get(c["id"], c["name"])} for c in CLASSES])
+    fill(source, **values)
+    assert run(source).results["warnings"] == said
+    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert told == [f"prepare: warning: {line}" for line in said]
 
 
 # ---------------------------------------------------------------- classes and sources
@@ -396,6 +583,7 @@ def many(count: int) -> list[dict[str, Any]]:
         ({"classes": many(256)}, "has 256 classes; 1 to 255 are possible"),
         ({"classes": [CLASSES[0], CLASSES[2]]}, "ids must be 0 to 1 in order; 255 is what is ignored"),
         ({"classes": CLASSES[::-1]}, "ids must be 0 to 2 in order"),
+        ({"classes": [CLASSES[0], CLASSES[0] | {"id": 1}]}, "two classes are called 'sky'; results go by name"),
         ({"classes": [CLASSES[0] | {"color": [0, 0]}]}, "every colour needs three values in 0..255"),
         ({"classes": [CLASSES[0] | {"color": [0, 0, 256]}]}, "every colour needs three values in 0..255"),
     ],
@@ -427,6 +615,13 @@ def test_a_source_without_images_is_told_the_layout(tmp_path: Path, run: Callabl
     (tmp_path / "source" / "pictures" / "0.jpg").write_bytes(encoded(picture(0), "JPEG"))
     with pytest.raises(UsageError, match="has no images under images/; the layout is images/<split>"):
         run(tmp_path / "source")
+
+
+def test_what_no_layout_names_may_change_without_a_new_data_set(source: Path, run: Callable[..., Receipt]) -> None:
+    digest = run(source).digest
+    (source / "README.md").write_text("notes")
+    again = run(source)
+    assert (again.cached, again.digest) == (True, digest)
 
 
 def test_a_source_that_is_not_there_is_named(tmp_path: Path, run: Callable[..., Receipt]) -> None:
