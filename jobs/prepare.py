@@ -13,8 +13,8 @@ from jobs.options import main, read_recipe, recipe_options, show
 def command(config: str | None, settings: tuple[str, ...], as_json: bool) -> None:
     """Turn image and mask pairs into a sharded dataset, and check the labels.
 
-    The source (prepare.source) holds images/SPLIT/*, masks/SPLIT/*.png and classes.json. Pairs that are wrong are
-    listed in rejects.parquet with the reason.
+    The source (prepare.source) holds images/SPLIT/*, masks/SPLIT/*.png and classes.json; prepare.layout reads public
+    data sets as they come. Pairs that are wrong are listed in rejects.parquet with the reason.
     """
     from pipelines.prepare import prepare
 

@@ -56,7 +56,7 @@ def describe(receipt: Receipt) -> list[str]:
     told = {
         "prepare": lambda: (
             f"{', '.join(f'{n} {s}' for s, n in r['images'].items())} images, "
-            f"{r['classes']} classes, {r['rejected']} rejected"
+            f"{r['classes']} classes, {r['rejected']} rejected, {len(r['warnings'])} warnings"
         ),
         "train": lambda: (
             f"{r['steps']} steps, mIoU {r['miou']:.4f} in the loop at step {r['best_step']}, "
