@@ -33,10 +33,10 @@ class Backbone(nn.Module):
 
     model: Any  # timm's verbs are not part of nn.Module's type
 
-    def __init__(self, name: str, *, pretrained: bool = False, drop_path: float = 0.0, args: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, *, drop_path: float = 0.0, args: Mapping[str, Any]) -> None:
         super().__init__()
         args = _with_dynamic_size(name, args)
-        self.model = _create(name, pretrained=pretrained, drop_path=drop_path, args=args)
+        self.model = _create(name, drop_path=drop_path, args=args)
         if not hasattr(self.model, "forward_intermediates"):
             raise ValueError(
                 f"backbone {name!r} gives no intermediate maps (timm's forward_intermediates); choose another"
@@ -50,7 +50,7 @@ class Backbone(nn.Module):
         self.strides = [strides[tap] for tap in self.taps]
         self.channels = [int(info[tap]["num_chs"]) for tap in self.taps]
         with torch.device("meta"):
-            probe = _create(name, pretrained=False, drop_path=0.0, args=args)
+            probe = _create(name, drop_path=0.0, args=args)
         self.multiple, self.window = self._sizes(name, probe)
         """Image sides must be multiples of `multiple`; `window` is the one side that the model takes, if it is one."""
         self.model.prune_intermediate_layers(self.taps, prune_norm=True, prune_head=True)
@@ -137,12 +137,10 @@ def _with_dynamic_size(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     return ({"dynamic_img_size": True} if "dynamic_img_size" in parameters else {}) | dict(args)
 
 
-def _create(name: str, *, pretrained: bool, drop_path: float, args: Mapping[str, Any]) -> nn.Module:
+def _create(name: str, *, drop_path: float, args: Mapping[str, Any]) -> nn.Module:
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0, drop_path_rate=drop_path, **args)
+        model = timm.create_model(name, num_classes=0, drop_path_rate=drop_path, **args)
     except (TypeError, RuntimeError) as error:
-        if pretrained:
-            raise ValueError(f"no pretrained weights for backbone {name!r}: {error}") from error
         raise ValueError(f"backbone {name!r} cannot be built with {dict(args)}: {error}") from error
     assert isinstance(model, nn.Module)
     return model

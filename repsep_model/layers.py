@@ -1,10 +1,11 @@
-"""The three pieces that every part of the model shares: normalisation over channels, resizing, the MLP.
+"""The pieces that the parts of the model share: normalisation over channels, the MLP, resizing, padding.
 
 Shapes: B batch, C channels, h x w grid.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,3 +40,14 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     if height > size[0]:
         return F.adaptive_avg_pool2d(x, size)
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def pad_replicate(x: Tensor, margin: int) -> Tensor:
+    """(B, C, h, w) to (B, C, h + 2 margin, w + 2 margin): the values at the border go on outwards."""
+    if not torch.compiler.is_dynamo_compiling():
+        return F.pad(x, [margin] * 4, mode="replicate")
+    # torch's compiler mistakes the memory layout of that padding's gradient (seen in 2.15).
+    for dim in (2, 3):
+        first, last = x.narrow(dim, 0, 1), x.narrow(dim, x.shape[dim] - 1, 1)
+        x = torch.cat([first] * margin + [x] + [last] * margin, dim=dim)
+    return x

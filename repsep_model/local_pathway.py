@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repsep_model.layers import ChannelMlp, ChannelNorm, resize
+from repsep_model.layers import ChannelMlp, ChannelNorm, pad_replicate, resize
 
 UNSHUFFLE = 4  # the stem starts at stride 4: 3-channel convolutions at full resolution are slow
 
@@ -40,7 +40,7 @@ class LocalDiscrepancy(nn.Module):
         # keeps bf16's rounding small beside a large offset.
         u_BDhw = u_BDhw - u_BDhw[..., :1, :1].detach()
         smoothing = self.weights.softmax(dim=1).view(-1, 1, self.size, self.size)
-        padded = F.pad(u_BDhw, [self.size // 2] * 4, mode="replicate")
+        padded = pad_replicate(u_BDhw, self.size // 2)
         return u_BDhw - F.conv2d(padded, smoothing.to(padded.dtype), groups=u_BDhw.shape[1])
 
 

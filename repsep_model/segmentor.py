@@ -29,7 +29,7 @@ from repsep_model.config import SegmentorConfig
 from repsep_model.cross_attention import DiscriminativeCrossAttention
 from repsep_model.layers import ChannelNorm, resize
 from repsep_model.local_pathway import LocalPathway
-from repsep_model.pretrained import load_pretrained
+from repsep_model.pretrained import load_named, load_pretrained
 from repsep_model.separation import LocalSeparation, RegionSeparation
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class SegmentorOutput:
 
 @dataclass(frozen=True)
 class Features:
-    """The maps that diagnostics compare: the taps, and F before and after separation."""
+    """The maps along the way: the taps, and F before and after separation."""
 
     taps: list[Tensor]
     fused_BDhw: Tensor
@@ -138,7 +138,7 @@ class Segmentor(nn.Module):
         return self._forward_stride(images)[0]
 
     def features(self, images: Tensor) -> Features:
-        """The maps before and after separation, for diagnostics."""
+        """The taps, and the fused map before and after separation."""
         features, _, _ = self._features(self._prepare(images))
         return features
 
@@ -194,8 +194,9 @@ class Segmentor(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W) in 0..255, got shape {tuple(images.shape)}")
         pixels = (images.float() - self.mean) / self.std
-        height, width = images.shape[-2:]
-        return F.pad(pixels, (0, -width % self.multiple, 0, -height % self.multiple))
+        # Not `-side % multiple`: torch.compile cannot trace Python's modulo of a negative size that it leaves open.
+        height, width = (-(-side // self.multiple) * self.multiple for side in images.shape[-2:])
+        return F.pad(pixels, (0, width - images.shape[-1], 0, height - images.shape[-2]))
 
 
 def upsample_logits(logits_BKhw: Tensor, stride: int, size: tuple[int, int] | torch.Size) -> Tensor:
@@ -210,11 +211,11 @@ def build_segmentor(config: SegmentorConfig, pretrained: bool | str | Path = Fal
 
     Raises ValueError for an unknown backbone or one that cannot serve, and for weights that do not fit.
     """
-    by_name = pretrained is True
-    backbone = Backbone(config.backbone, pretrained=by_name, drop_path=config.drop_path, args=config.backbone_args)
-    if not isinstance(pretrained, bool):
-        report = load_pretrained(backbone, Path(pretrained))
-        logger.log(logging.WARNING if report.missing else logging.INFO, "%s: %s", pretrained, report)
+    backbone = Backbone(config.backbone, drop_path=config.drop_path, args=config.backbone_args)
+    if pretrained is not False:
+        report = load_named(backbone) if pretrained is True else load_pretrained(backbone, Path(pretrained))
+        source = config.backbone if pretrained is True else pretrained
+        logger.log(logging.WARNING if report.missing else logging.INFO, "%s: %s", source, report)
     mean, std = backbone.mean_std
     width = 256 if backbone.plain and backbone.channels[-1] >= WIDE_BACKBONE else 96
     defaults: dict[str, Any] = {"width": width, "mean": mean, "std": std}

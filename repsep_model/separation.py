@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repsep_model.layers import ChannelNorm
+from repsep_model.layers import ChannelNorm, pad_replicate
 
 
 class LocalSeparation(nn.Module):
@@ -35,11 +35,9 @@ class LocalSeparation(nn.Module):
         """B: each location's own softmax kernel over its size x size neighbourhood."""
         B, D, h, w = f_BDhw.shape
         if self.kernel is None:
-            return F.avg_pool2d(F.pad(f_BDhw, [self.size // 2] * 4, mode="replicate"), self.size, stride=1)
+            return F.avg_pool2d(pad_replicate(f_BDhw, self.size // 2), self.size, stride=1)
         weights = self.kernel(f_BDhw).view(B, self.groups, 1, self.size**2, h, w).softmax(dim=3)
-        padded = F.pad(f_BDhw, [self.size // 2] * 4, mode="replicate").view(
-            B, self.groups, D // self.groups, h + self.size - 1, -1
-        )
+        padded = pad_replicate(f_BDhw, self.size // 2).view(B, self.groups, D // self.groups, h + self.size - 1, -1)
         # A loop over shifts reads views of one padded map; an unfold would hold size^2 copies of it.
         out = torch.zeros_like(f_BDhw).view(B, self.groups, D // self.groups, h, w)
         for i in range(self.size**2):

@@ -1,21 +1,16 @@
-"""What is saved is what is loaded, to the bit; and weights of others are taken in without running their code."""
+"""What is saved is what is loaded, to the bit."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
-from repsep_model import SegmentorConfig, build_segmentor, load_segmentor, save_segmentor
-from repsep_model.backbone import Backbone
+from repsep_model import SegmentorConfig, load_segmentor, save_segmentor
 from repsep_model.checkpoint import CheckpointError, load_classes
-from repsep_model.pretrained import load_pretrained
 from tests.model.tiny import PVT, VIT, K, random_images, tiny_segmentor
 
 CLASSES: dict[str, Any] = {
@@ -148,105 +143,3 @@ def test_damaged_or_foreign_directory_is_a_checkpoint_error(
     damage(copied)
     with pytest.raises(CheckpointError, match=message):
         load_segmentor(copied)
-
-
-def timm_weights(config: SegmentorConfig = VIT, **changes: Any) -> dict[str, Tensor]:
-    """The state dict of a whole timm classifier, as it is published."""
-    torch.manual_seed(1)
-    model = timm.create_model(config.backbone, num_classes=10, **(dict(config.backbone_args) | changes))
-    return dict(model.state_dict())
-
-
-def tiny_backbone(config: SegmentorConfig = VIT) -> Backbone:
-    return Backbone(config.backbone, args=config.backbone_args)
-
-
-def write(state: Any, file: Path) -> Path:
-    if file.suffix == ".safetensors":
-        save_file(state, file)
-    else:
-        torch.save(state, file)
-    return file
-
-
-@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
-@pytest.mark.parametrize("config", [VIT, PVT], ids=["vit", "pyramid"])
-def test_timm_weights_find_their_place_whole(config: SegmentorConfig, name: str, tmp_path: Path) -> None:
-    state = timm_weights(config)
-    backbone = tiny_backbone(config)
-    report = load_pretrained(backbone, write(state, tmp_path / name))
-    own = backbone.model.state_dict()
-    assert set(report.matched) == set(own)
-    assert report.missing == report.resized == ()
-    assert {n.split(".")[0] for n in report.unexpected} <= {"head", "norm"}
-    assert "head.weight" in report.unexpected
-    for key, tensor in own.items():
-        torch.testing.assert_close(tensor, state[key], rtol=0, atol=0)
-    assert str(report).startswith(f"{len(own)} matched, 0 resized, 0 missing [], ")
-
-
-@pytest.mark.parametrize("key", ["state_dict", "model"])
-def test_weights_inside_a_training_checkpoint_are_found(key: str, tmp_path: Path) -> None:
-    file = write({key: timm_weights(), "epoch": 3}, tmp_path / "checkpoint.pth")
-    assert load_pretrained(tiny_backbone(), file).missing == ()
-
-
-def test_position_embeddings_of_another_image_size_are_resized_and_reported(tmp_path: Path) -> None:
-    file = write(timm_weights(img_size=64), tmp_path / "weights.safetensors")
-    report = load_pretrained(tiny_backbone(), file)
-    assert report.resized == ("pos_embed",)
-    assert report.missing == ()
-
-
-def test_blocks_that_a_file_lacks_are_reported(tmp_path: Path) -> None:
-    file = write(timm_weights(depth=3), tmp_path / "weights.safetensors")
-    report = load_pretrained(tiny_backbone(), file)
-    assert {name.rsplit(".", 2)[0].split(".")[0:2] == ["blocks", "3"] for name in report.missing} == {True}
-    assert "missing ['blocks.3." in str(report)
-
-
-def test_weights_of_another_width_do_not_fit_and_say_so(tmp_path: Path) -> None:
-    file = write({"encoder.weight": torch.zeros(3)}, tmp_path / "weights.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"has no weights for this backbone; its first keys: \['encoder.weight'\]"
-    ):
-        load_pretrained(tiny_backbone(), file)
-
-
-class Payload:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (self.folder,)
-
-
-def test_file_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None:
-    state: dict[str, Any] = timm_weights() | {"extra": Payload(tmp_path / "made")}
-    file = write(state, tmp_path / "weights.pth")
-    with pytest.raises(CheckpointError, match="cannot be read as weights"):
-        load_pretrained(tiny_backbone(), file)
-    assert not (tmp_path / "made").exists()
-
-
-@pytest.mark.parametrize("content", [[torch.zeros(3)], torch.zeros(3)], ids=["a list", "a tensor"])
-def test_file_without_names_is_refused(content: Any, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"holds a {type(content).__name__}, not a state dict"):
-        load_pretrained(tiny_backbone(), write(content, tmp_path / "weights.pth"))
-
-
-@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
-def test_file_that_is_absent_or_broken_is_a_checkpoint_error(name: str, tmp_path: Path) -> None:
-    for _ in range(2):
-        with pytest.raises(CheckpointError, match=f"{name} cannot be read as weights"):
-            load_pretrained(tiny_backbone(), tmp_path / name)
-        (tmp_path / name).write_bytes(b"not weights")
-
-
-@pytest.mark.parametrize("kind", [str, Path])
-def test_build_segmentor_takes_a_file_of_backbone_weights(kind: type[str] | type[Path], tmp_path: Path) -> None:
-    state = timm_weights()
-    model = build_segmentor(VIT, pretrained=kind(write(state, tmp_path / "weights.safetensors")))
-    torch.testing.assert_close(model.backbone.model.blocks[2].attn.qkv.weight, state["blocks.2.attn.qkv.weight"])
