@@ -8,10 +8,10 @@ SWEEP ?=
 # Two processes on two cores with OpenMP's spinning threads run ten times slower than without.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test lint types tests slow sweep clean
+.PHONY: help setup demo test lint types tests slow sweep prove-model clean
 
 help: ## list the verbs
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.installed ## make .venv and install repsep with the pinned versions
 
@@ -41,6 +41,9 @@ slow: setup ## the tests that take minutes
 
 sweep: setup ## search loss weights and backbones; SWEEP=<recipe> for your own
 	$(BIN)/repsep sweep $(if $(SWEEP),--config "$(SWEEP)")
+
+prove-model: setup ## check what the model library claims: families, cost, exports, memory; prints a table
+	PYTHONPATH=. $(BIN)/python benchmarks/model.py
 
 clean: ## remove what demo and tests left (not .venv)
 	rm -rf .repsep .pytest_cache .mypy_cache .ruff_cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -81,7 +81,9 @@ class ModelConfig(Section):
     )
     cross_attention: int = Field(1, ge=0, description="layers of discriminative cross-attention")
     attention_supervision: bool = Field(True, description="losses on the attention and its regions")
-    window: int = Field(512, ge=32, description="side of the sliding window for large images")
+    window: int = Field(
+        512, ge=32, description="side of the sliding window for images over the pixel_budget of evaluate or segment"
+    )
 
 
 class LossConfig(Section):
@@ -157,7 +159,9 @@ class TrainConfig(Section):
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.99, ge=0, lt=1, description="decay of the moving average of the weights")
     bf16: bool = Field(True, description="forward passes in bfloat16 autocast")
-    validate_every: int = Field(100, ge=1, description="steps between validations, each with a checkpoint")
+    validate_every: int = Field(
+        100, ge=1, description="steps between validations (by evaluate's defaults), each with a checkpoint"
+    )
     validate_images: int | None = Field(None, ge=1, description="validate on the first so many images only")
     holdout: float = Field(0.0, ge=0, lt=1, description="validate on this share of train instead of val (for sweeps)")
     seed: int = Field(0, ge=0, description="of weights, order, augmentation and drop path")
@@ -226,6 +230,13 @@ class EvaluateConfig(Section):
     dataset: str | None = Field(None, description="URI of a prepared dataset; by default the latest prepare's")
     split: str = Field("val", description="which images the model is judged on")
     overlays: int = Field(6, ge=0, description="images drawn for the report")
+    pixel_budget: int = Field(
+        4 * 1024 * 1024, ge=1, description="images over this many pixels go by windows of train.model.window"
+    )
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1.0,), min_length=1, description="sizes of each image whose probabilities are averaged, 1 as it is"
+    )
+    flip: bool = Field(False, description="average with the mirror images too")
 
 
 class RegisterConfig(Section):

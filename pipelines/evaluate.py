@@ -34,6 +34,7 @@ PACKAGES = ("pipelines", "repsep_model")
 PRIOR_MASKS = 2000
 PER_IMAGE, OVERLAYS = "per_image.parquet", "overlays"
 COUNTS = ("intersection", "predicted", "labelled")
+SEGMENTING = ("pixel_budget", "scales", "flip")
 
 Counts = dict[str, NDArray[np.int64]]
 """intersection, predicted and labelled pixels, each (images, K) int64."""
@@ -88,6 +89,7 @@ def _evaluate(
         "evaluation": dataset.split_digest(config.split),
         "mlflow_run": mlflow_run,
         "split": config.split,
+        **config.model_dump(mode="json", include=set(SEGMENTING)),
         "images": len(keys),
         **{name: _number(v) for name, v in scores.means().items()},
         "classes_scored": scores.classes_scored,
@@ -139,9 +141,7 @@ def _count_split(
     workers = gpus or max(1, int(ray.cluster_resources().get("CPU", 1)))
     files: Any = ray.put(model.files())
     task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=3)(_evaluate_share)
-    pending = [
-        task.remote(files, dataset.folder.uri, config.split, rank, workers, config.overlays) for rank in range(workers)
-    ]
+    pending = [task.remote(files, dataset.folder.uri, config, rank, workers) for rank in range(workers)]
     found: dict[str, Any] = {}
     progress = Progress("evaluate: image", len(dataset.split(config.split)))
     while pending:
@@ -157,7 +157,7 @@ def _count_split(
 
 
 def _evaluate_share(
-    files: Mapping[str, bytes], dataset_uri: str, split: str, rank: int, workers: int, overlays: int
+    files: Mapping[str, bytes], dataset_uri: str, config: EvaluateConfig, rank: int, workers: int
 ) -> list[Any]:
     """(key, number, (3, K) counts, picture or None) of this share's images."""
     dataset = open_dataset(dataset_uri)
@@ -165,13 +165,14 @@ def _evaluate_share(
     if device == "cpu":
         torch.set_num_threads(1)
     model = load_files(files).to(device)
-    part: Split = dataset.split(split)
-    every = max(1, len(part) // overlays) if overlays else 0
+    part: Split = dataset.split(config.split)
+    every = max(1, len(part) // config.overlays) if config.overlays else 0
+    segmenting: dict[str, Any] = config.model_dump(include=set(SEGMENTING))
     found = []
     for i, (key, image, mask) in enumerate(part.share(rank, workers)):
         number = i * workers + rank
-        labels = segment_image(model, image).labels
-        shown = bool(overlays) and number % every == 0 and number // every < overlays
+        labels = segment_image(model, image, **segmenting).labels
+        shown = bool(config.overlays) and number % every == 0 and number // every < config.overlays
         picture = _triptych(image, mask, labels, dataset.colours) if shown else None
         found.append((key, number, _image_counts(labels, mask, dataset.num_classes), picture))
     return found

@@ -70,6 +70,8 @@ def check_listing(source: Folder, keys: Sequence[str], config: PrepareConfig) ->
             begins = asked.where_it_begins(keys)
             hint = f"; set prepare.source={source.uri_of(begins)}" if begins else ""
             raise UsageError(f"{source.uri} has no images of the layout {asked.described()}{hint}")
+        if not asked.find(keys, asked.masks):
+            raise UsageError(f"{source.uri} has no masks of the layout {asked.described()}{asked.origin_hint}")
     elif not any(key.startswith("masks/") for key in keys):
         for name, layout in NATIVE.items():
             if layout.find(keys, layout.images) and layout.find(keys, layout.masks):

@@ -30,7 +30,8 @@ class NativeLayout:
     """Where a data set keeps its files. Of several templates the first that exists counts.
 
     `stem` is a pattern, `splits` gives our names for its splits, `lists` is the template of the files that say which
-    stems a split has where folders do not, `groups` the pattern of what a holdout must not split.
+    stems a split has where folders do not, `groups` the pattern of what a holdout must not split, `origin` where masks
+    and lists come from that are not the data set's own.
     """
 
     labels: LabelMap
@@ -40,6 +41,7 @@ class NativeLayout:
     splits: Mapping[str, str]
     lists: str | None = None
     groups: str | None = r"[^/]+$"
+    origin: str | None = None
 
     @property
     def list_files(self) -> dict[str, str]:
@@ -69,6 +71,11 @@ class NativeLayout:
         choice = f"{{{','.join(self.splits)}}}"
         files = [self.images[0], self.masks[0], *([self.lists] if self.lists else [])]
         return ", ".join(file.replace("{split}", choice).replace("{stem}", "*") for file in files)
+
+    @property
+    def origin_hint(self) -> str:
+        """What a message that misses masks or lists ends with."""
+        return f"; {self.origin}" if self.origin else ""
 
     def where_it_begins(self, keys: Iterable[str]) -> str | None:
         """The folder below which the first image lies, for a source that is too high."""
@@ -107,6 +114,9 @@ NATIVE = {
         stem="[^/]+",
         splits={"train": "train", "val": "val"},
         lists="ImageSets/SegmentationContext/{split}.txt",
+        # The data set itself comes as one .mat file of 459 labels for each image.
+        origin="masks and lists are made from the data set's 459 labels by a converter such as MMSegmentation's "
+        "tools/dataset_converters/pascal_context.py",
     ),
     "coco_stuff_10k": NativeLayout(
         COCO_STUFF_10K,
@@ -164,7 +174,7 @@ def _listed(source: Folder, layout: NativeLayout, images: Places, masks: Places)
     """By the lists of the splits; images and masks that no list names are left out."""
     pairs, rejects = [], []
     for split, file in layout.list_files.items():
-        for stem in _stems(source, file):
+        for stem in _stems(source, file, layout):
             place = ("", stem)
             if place not in images:
                 rejects.append(Reject(_at(layout.images, place), split, f"it is not there, but {file} names it"))
@@ -175,10 +185,11 @@ def _listed(source: Folder, layout: NativeLayout, images: Places, masks: Places)
     return pairs, rejects
 
 
-def _stems(source: Folder, file: str) -> Iterator[str]:
+def _stems(source: Folder, file: str, layout: NativeLayout) -> Iterator[str]:
     data = source.read_if_present(file)
     if data is None:
-        raise UsageError(f"{source.uri_of(file)} is missing; it lists the images of a split, one a line")
+        missing = f"{source.uri_of(file)} is missing; it lists the images of a split, one a line"
+        raise UsageError(missing + layout.origin_hint)
     yield from sorted({line.strip() for line in data.decode(errors="replace").splitlines()} - {""})
 
 

@@ -25,7 +25,7 @@ import repsep_model
 from pipelines import tracking
 from pipelines.config import EvaluateConfig, Recipe, RegisterConfig
 from pipelines.errors import RepsepError, UsageError
-from pipelines.evaluate import COUNTS, Counts, evaluate, read_counts
+from pipelines.evaluate import COUNTS, SEGMENTING, Counts, evaluate, read_counts
 from pipelines.models import FetchedModel, fetch_model
 from pipelines.stage import Receipt, StageRun, latest_receipt, package_versions, run_stage
 from repsep_model.checkpoint import load_classes
@@ -192,12 +192,13 @@ def _decide(workspace: str, recipe: Recipe, evaluation: Receipt, model: FetchedM
                 f"the champion {uri} has other classes ({', '.join(c['name'] for c in theirs)}) than this model "
                 f"({', '.join(c['name'] for c in ours)}); register it under another name: --set register.name=..."
             )
-    # Cached when the champion has been evaluated on these images before, otherwise done now.
+    # Cached when the champion has been evaluated on these images and in this way before, otherwise done now.
     section = EvaluateConfig(
         model=uri,
         dataset=evaluation.results["dataset"],
         split=evaluation.results["split"],
         overlays=recipe.evaluate.overlays,
+        **{name: evaluation.results[name] for name in SEGMENTING},
     )
     theirs_keys, theirs_counts = read_counts(evaluate(workspace, recipe, section))
     ours_keys, ours_counts = read_counts(evaluation)

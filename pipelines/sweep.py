@@ -69,7 +69,7 @@ def sweep(workspace: str, recipe: Recipe) -> Receipt:
     for inside in (True, False):
         dataset.split("train").held_out(config.holdout, 0, inside=inside)  # raises before a cluster is asked for
     for model in config.search.backbones:
-        check_model(model, dataset.num_classes)
+        check_model(model, dataset.num_classes, recipe.train.augment.crop)
     return run_stage(
         "sweep",
         workspace=workspace,

@@ -15,6 +15,7 @@ from pipelines import cluster, tracking
 from pipelines.config import ModelConfig, Recipe, TrainConfig
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import RepsepError, UsageError
+from pipelines.progress import say
 from pipelines.stage import Receipt, StageRun, latest_receipt, run_stage
 from pipelines.train_loop import BEST, LoopSettings, segmentor_config, train_loop
 from repsep_model.segmentor import build_segmentor
@@ -27,7 +28,7 @@ def train(workspace: str, recipe: Recipe) -> Receipt:
     config = recipe.train
     check_batch(config, config.runtime.workers, "train.runtime.workers")
     dataset = open_dataset(config.dataset or latest_receipt(workspace, "prepare").results["dataset"])
-    check_model(config.model, dataset.num_classes)
+    check_model(config.model, dataset.num_classes, config.augment.crop)
     return run_stage(
         "train",
         workspace=workspace,
@@ -52,13 +53,18 @@ def check_batch(config: TrainConfig, workers: int, key: str) -> None:
         )
 
 
-def check_model(model: ModelConfig, num_classes: int) -> None:
+def check_model(model: ModelConfig, num_classes: int, crop: int) -> None:
     """Build it once without memory: a wrong backbone is a UsageError before a cluster is asked for."""
     try:
         with torch.device("meta"):
-            build_segmentor(segmentor_config(model, num_classes))
+            side = build_segmentor(segmentor_config(model, num_classes)).fixed_window
     except ValueError as error:
         raise UsageError(f"train.model.backbone: {error}") from error
+    if side is not None and crop > side:
+        say(
+            f"train: warning: {model.backbone} sees {side} x {side} pixels at once, a crop of {crop} goes to it in "
+            "tiles that know nothing of each other; set train.model.backbone_args: {img_size: ...} or a smaller crop"
+        )
 
 
 def trainer(settings: LoopSettings, *, storage: str, name: str, callbacks: list[Any] | None = None) -> Any:

@@ -4,14 +4,15 @@ Plain ViT: the tokens after L/4, L/2, 3L/4 and L blocks, prefix tokens removed. 
 
 What sizes a family takes is asked of the model itself, by forward passes on the meta device, not kept in a list of
 families: most take any multiple of their coarsest stride, window-based ones (MaxViT) multiples of their window's extent
-in pixels, and those with position tables for one size (BEiT, CoAtNet, Hiera) that size only. The last get the image in
-tiles of their size; nothing is resized, so nothing is distorted.
+in pixels, and those with position tables for one size (BEiT, CoAtNet, Hiera, MViTv2) that size only. The last get the
+image in tiles of their size; nothing is resized, so nothing is distorted.
 Shapes: B batch, C_m channels and r_m stride of tap m, H x W pixels (multiples of `multiple`).
 Credit: timm (Ross Wightman), whose verbs `forward_intermediates` and `prune_intermediate_layers` do the work.
 """
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Mapping
@@ -22,6 +23,10 @@ import torch
 from torch import Tensor, nn
 
 TAPS = 4
+
+INDEXED = ("mvitv2",)
+"""timm's files of models that read position tables by index: on the meta device, where nothing has a value, any size
+would seem to do. They are held to their own size."""
 
 
 class Backbone(nn.Module):
@@ -35,8 +40,8 @@ class Backbone(nn.Module):
 
     def __init__(self, name: str, *, drop_path: float = 0.0, args: Mapping[str, Any]) -> None:
         super().__init__()
-        args = _with_dynamic_size(name, args)
-        self.model = _create(name, drop_path=drop_path, args=args)
+        args = _known_arguments(name, args, drop_path)
+        self.model = _create(name, args)
         if not hasattr(self.model, "forward_intermediates"):
             raise ValueError(
                 f"backbone {name!r} gives no intermediate maps (timm's forward_intermediates); choose another"
@@ -50,8 +55,8 @@ class Backbone(nn.Module):
         self.strides = [strides[tap] for tap in self.taps]
         self.channels = [int(info[tap]["num_chs"]) for tap in self.taps]
         with torch.device("meta"):
-            probe = _create(name, drop_path=0.0, args=args)
-        self.multiple, self.window = self._sizes(name, probe)
+            probe = _create(name, args)
+        self.multiple, self.window = self._sizes(name, probe, args)
         """Image sides must be multiples of `multiple`; `window` is the one side that the model takes, if it is one."""
         self.model.prune_intermediate_layers(self.taps, prune_norm=True, prune_head=True)
 
@@ -74,15 +79,16 @@ class Backbone(nn.Module):
         )
         return maps
 
-    def _sizes(self, name: str, probe: Any) -> tuple[int, int | None]:
+    def _sizes(self, name: str, probe: Any, args: Mapping[str, Any]) -> tuple[int, int | None]:
         """(multiple, window) that `probe`, a copy on the meta device, accepts."""
         free = math.lcm(*self.strides)
-        height, width = _native_size(probe)
-        if self._accepts(probe, 2 * free, 3 * free) and self._accepts(probe, free, free):
+        height, width = _native_size(probe, args)
+        indexed = type(probe).__module__.rpartition(".")[2] in INDEXED
+        if not indexed and self._accepts(probe, 2 * free, 3 * free) and self._accepts(probe, free, free):
             return free, None
         if height != width:
             raise ValueError(f"backbone {name!r} is built for {height} x {width} pixels only; give a square img_size")
-        if self._accepts(probe, 2 * height, 3 * height):
+        if not indexed and self._accepts(probe, 2 * height, 3 * height):
             return height, None
         if self._accepts(probe, height, height):
             return height, height
@@ -117,30 +123,32 @@ def _plain_taps(depth: int, name: str) -> list[int]:
     return [depth * m // TAPS - 1 for m in range(1, TAPS + 1)]
 
 
-def _native_size(model: Any) -> tuple[int, int]:
+def _native_size(model: Any, args: Mapping[str, Any]) -> tuple[int, int]:
     """(height, width) that the model was built for."""
-    size = getattr(getattr(model, "patch_embed", model), "img_size", None) or model.pretrained_cfg["input_size"][1:]
+    known = getattr(getattr(model, "patch_embed", model), "img_size", None)
+    size = args.get("img_size") or known or model.pretrained_cfg["input_size"][1:]
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _with_dynamic_size(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, with timm's switch for images of any size where the model's class has one.
+def _known_arguments(name: str, args: Mapping[str, Any], drop_path: float) -> dict[str, Any]:
+    """The arguments, with drop path and timm's switch for images of any size where the model's class has them.
 
     timm's entry points hide the parameters behind **kwargs, so the class of a model is asked.
     """
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise ValueError(f"timm does not know a backbone called {name!r}{hint} (see timm.list_models())")
     with torch.device("meta"):
-        parameters = inspect.signature(type(timm.create_model(name, num_classes=0)).__init__).parameters
-    return ({"dynamic_img_size": True} if "dynamic_img_size" in parameters else {}) | dict(args)
+        parameters = inspect.signature(type(_create(name, {})).__init__).parameters
+    known = {"dynamic_img_size": True, "drop_path_rate": drop_path}
+    return {key: value for key, value in known.items() if key in parameters} | dict(args)
 
 
-def _create(name: str, *, drop_path: float, args: Mapping[str, Any]) -> nn.Module:
+def _create(name: str, args: Mapping[str, Any]) -> nn.Module:
     try:
-        model = timm.create_model(name, num_classes=0, drop_path_rate=drop_path, **args)
-    except (TypeError, RuntimeError) as error:
+        model = timm.create_model(name, num_classes=0, **args)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(f"backbone {name!r} cannot be built with {dict(args)}: {error}") from error
     assert isinstance(model, nn.Module)
     return model

@@ -10,6 +10,15 @@ from repsep_model.labels import MAX_CLASSES
 
 Separation = Literal["none", "local", "region"]
 
+NO_BACKBONE_ARGS = {
+    "num_classes": "the adapter, which takes the backbone without its head",
+    "in_chans": "the adapter: images have 3 channels",
+    "features_only": "the adapter, which takes the maps itself",
+    "drop_path_rate": "drop_path",
+    "pretrained": "build_segmentor(pretrained=...)",
+}
+"""Arguments of `timm.create_model` that `backbone_args` may not hold, with what sets them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentorConfig:
@@ -73,6 +82,11 @@ class SegmentorConfig:
                 if len(value) != 3:
                     raise ValueError(f"{name} needs 3 values, one per channel, got {value!r}")
                 object.__setattr__(self, name, tuple(float(v) for v in value))
+        for name in self.backbone_args:
+            if name in NO_BACKBONE_ARGS:
+                raise ValueError(f"backbone_args may not hold {name}: it is set by {NO_BACKBONE_ARGS[name]}")
+        if type(self.num_classes) is not int:  # NumPy's integers could not be saved as JSON
+            raise ValueError(f"num_classes must be an int, got {self.num_classes!r}")
         if not 1 <= self.num_classes <= MAX_CLASSES:
             raise ValueError(f"num_classes must be 1 to {MAX_CLASSES}, got {self.num_classes}")
         if self.stride not in (4, 8, 16, 32):
@@ -83,6 +97,10 @@ class SegmentorConfig:
             raise ValueError(f"cross_attention counts layers: 0 or more, got {self.cross_attention}")
         if self.width is not None and self.width < 8:
             raise ValueError(f"width must be at least 8, got {self.width}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must be 0 or more and under 1, got {self.drop_path}")
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""

@@ -78,6 +78,8 @@ def separation_report(model: Segmentor, images: Tensor, labels: Tensor) -> Separ
     """
     if labels.shape != (len(images), *images.shape[2:]):
         raise ValueError(f"labels {tuple(labels.shape)} do not fit images {tuple(images.shape)}: pass (B, H, W)")
+    if not len(images):
+        raise ValueError("pass at least one image")
     were_training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from repsep_model.images import UInt8
-from repsep_model.segmentor import Segmentor, upsample_logits
+from repsep_model.segmentor import Segmentor
 from repsep_model.transforms import canvas
 
 CANVAS = 32
@@ -57,23 +57,19 @@ def segment_image(
     """
     if model.training:  # drop path would make every call another
         raise ValueError("the model is in training mode; call model.eval(), or use model.for_inference()")
-    if not scales or min(scales) <= 0:
-        raise ValueError(f"scales must be one or more positive factors, got {tuple(scales)}")
-    if not 0 <= overlap < 1:
-        raise ValueError(f"overlap is a share of a window, 0 or more and under 1, got {overlap}")
-    height, width = image.shape[:2]
-    if tuple(scales) == (1.0,) and not flip and fits_whole(model, height, width, pixel_budget):
-        batch = _as_batch(canvas(image, canvas_multiple(model), fill_colour(model)))
-        labels, confidence = segment_batch(model, batch, dtype=dtype)
-        return Segmentation(labels[0, :height, :width].numpy(), confidence[0, :height, :width].numpy())
+    _check(image, overlap, scales, dtype)
     views = []
     for scale in scales:
-        scaled = _scaled(image, scale)
-        whole = fits_whole(model, scaled.shape[0], scaled.shape[1], pixel_budget)
+        seen = _scaled(image, scale)
         for mirrored in (False, True) if flip else (False,):
-            bands = _grid_bands(model, scaled[:, ::-1] if mirrored else scaled, whole, overlap, dtype)
-            views.append(_View(bands, model.config.stride, scaled.shape[:2], (height, width), mirrored))
-    return _combine(views, model.config.num_classes, height, width)
+            view = seen[:, ::-1] if mirrored else seen
+            if fits_whole(model, seen.shape[0], seen.shape[1], pixel_budget):
+                pixels = canvas(view, canvas_multiple(model), fill_colour(model))
+                bands = iter(_stride_logits(model, _as_batch(pixels), dtype))
+            else:
+                bands = _window_bands(model, view, overlap, dtype)
+            views.append(_View(bands, model.config.stride, seen.shape[:2], image.shape[:2], mirrored))
+    return _combine(views, model.config.num_classes, image.shape[0], image.shape[1])
 
 
 @torch.inference_mode()
@@ -81,14 +77,13 @@ def segment_batch(
     model: Segmentor, images_B3HW: Tensor, *, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """A batch of one shape -> labels (B, H, W) uint8 and confidence (B, H, W) float32, on the CPU."""
-    logits = _stride_logits(model, images_B3HW, dtype)
-    labels, confidences = [], []
-    for one in logits:  # one image at a time: K x H x W floats are the largest thing here
-        logits_KHW = upsample_logits(one[None], model.config.stride, images_B3HW.shape[-2:])[0]
-        label, confidence = _most_likely(logits_KHW)
-        labels.append(label.to(torch.uint8).cpu())
-        confidences.append(confidence.cpu())
-    return torch.stack(labels), torch.stack(confidences)
+    size = (images_B3HW.shape[2], images_B3HW.shape[3])
+    found = [
+        _combine([_View(iter([grid]), model.config.stride, size, size, False)], model.config.num_classes, *size)
+        for grid in _stride_logits(model, images_B3HW, dtype)
+    ]
+    labels, confidence = (np.stack([getattr(f, name) for f in found]) for name in ("labels", "confidence"))
+    return torch.from_numpy(labels), torch.from_numpy(confidence)
 
 
 def fits_whole(model: Segmentor, height: int, width: int, pixel_budget: int) -> bool:
@@ -114,6 +109,20 @@ def _stride_logits(model: Segmentor, images_B3HW: Tensor, dtype: torch.dtype) ->
         return model.forward_stride(images_B3HW.to(device))
 
 
+def _check(image: UInt8, overlap: float, scales: Sequence[float], dtype: torch.dtype) -> None:
+    """Raises ValueError. Other than 0..255 would be cut to whole numbers: a picture in 0..1 becomes a black one."""
+    shape: tuple[int, ...] = tuple(getattr(image, "shape", ()))
+    kind = getattr(image, "dtype", type(image).__name__)
+    if kind != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+        raise ValueError(f"image is {kind} of shape {shape}: pass a numpy array (H, W, 3) of uint8, RGB, 0..255")
+    if not isinstance(scales, Sequence) or not scales or not all(0 < s < float("inf") for s in scales):
+        raise ValueError(f"scales must be one or more positive factors, got {scales}")
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap is a share of a window, 0 or more and under 1, got {overlap}")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+
+
 def _scaled(image: UInt8, scale: float) -> UInt8:
     if scale == 1:
         return image
@@ -135,8 +144,8 @@ def _combine(views: Sequence[_View], num_classes: int, height: int, width: int) 
             for view in views[1:]:
                 mean_KRW += _probabilities(view.read(top, bottom))
             best, label = mean_KRW.div_(len(views)).max(dim=0)
-        labels[top:bottom] = label.numpy()
-        confidence[top:bottom] = best.numpy()
+        labels[top:bottom] = label.cpu().numpy()
+        confidence[top:bottom] = best.cpu().numpy()
     return Segmentation(labels, confidence)
 
 
@@ -163,24 +172,24 @@ class _View:
     """
 
     def __init__(
-        self, bands: Iterator[Tensor], stride: int, seen: tuple[int, ...], size: tuple[int, int], mirrored: bool
+        self, bands: Iterator[Tensor], stride: int, seen: tuple[int, ...], size: tuple[int, ...], mirrored: bool
     ) -> None:
         self.bands, self.mirrored = bands, mirrored
         self.width = size[1]
         self.pixels_per_cell = [stride * whole / part for whole, part in zip(size, seen, strict=True)]
-        self.rows = -(-seen[0] // stride)
-        self.held = torch.empty(0)
+        self.held = next(bands)
         self.first = 0
         """The grid row that `held` begins with."""
 
     def read(self, top: int, bottom: int) -> Tensor:
         """Logits (K, bottom - top, W) of the image's rows; `top` never goes back."""
-        places = (torch.arange(top, bottom) + 0.5) / self.pixels_per_cell[0] - 0.5
-        below = places.floor()
-        low, high = (row.clamp(0, self.rows - 1).long() for row in (below, below + 1))
-        while self.held.numel() == 0 or self.first + self.held.shape[1] <= int(high[-1]):
-            band = next(self.bands)
-            self.held = torch.cat([self.held, band], dim=1) if self.held.numel() else band
+        places = (torch.arange(top, bottom, device=self.held.device) + 0.5) / self.pixels_per_cell[0] - 0.5
+        below = places.floor().long()
+        wanted = int(below[-1]) + 1
+        while self.first + self.held.shape[1] <= wanted and (band := next(self.bands, None)) is not None:
+            self.held = torch.cat([self.held, band], dim=1)
+        end = self.first + self.held.shape[1] - 1
+        low, high = below.clamp(0, end), (below + 1).clamp(0, end)
         done = int(low[0]) - self.first
         self.held, self.first = self.held[:, done:], self.first + done
         share = (places - below)[:, None]
@@ -192,32 +201,27 @@ class _View:
         return wide.flip(2) if self.mirrored else wide
 
 
-def _grid_bands(model: Segmentor, image: UInt8, whole: bool, overlap: float, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yields logits (K, R, w) of the grid downwards: all of it, or what sliding windows have finished."""
-    stride = model.config.stride
+def _window_bands(model: Segmentor, image: UInt8, overlap: float, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yields logits (K, R, w) of the grid downwards: rows that no later window can reach."""
+    stride, cells = model.config.stride, window_side(model) // model.config.stride
     grid_h, grid_w = -(-image.shape[0] // stride), -(-image.shape[1] // stride)
-    if whole:
-        pixels = canvas(image, canvas_multiple(model), fill_colour(model))
-        logits = _stride_logits(model, _as_batch(pixels), dtype)[0, :, :grid_h, :grid_w]
-        yield logits.cpu()
-        return
-    cells = window_side(model) // stride
-    tops = _starts(grid_h, cells, overlap)
-    lefts = _starts(grid_w, cells, overlap)
-    ramp = torch.minimum(torch.arange(1, cells + 1), torch.arange(cells, 0, -1)).float()
+    tops, lefts = _starts(grid_h, cells, overlap), _starts(grid_w, cells, overlap)
+    device = model.mean.device
+    ramp = torch.minimum(torch.arange(1, cells + 1), torch.arange(cells, 0, -1)).float().to(device)
     ramp = ramp.clamp_max(max(1, overlap * cells))
     weight = ramp[:, None] * ramp[None, :]
 
-    total = torch.zeros(model.config.num_classes, cells, lefts[-1] + cells)
-    norm = torch.zeros(cells, lefts[-1] + cells)
+    total = torch.zeros(model.config.num_classes, cells, lefts[-1] + cells, device=device)
+    norm = torch.zeros(cells, lefts[-1] + cells, device=device)
     for number, top in enumerate(tops):
         for left in lefts:
             pixels = _window(image, top * stride, left * stride, cells * stride, fill_colour(model))
-            logits = _stride_logits(model, _as_batch(pixels), dtype)[0].cpu()
+            logits = _stride_logits(model, _as_batch(pixels), dtype)[0]
             total[:, :, left : left + cells] += logits * weight
             norm[:, left : left + cells] += weight
         done = cells if number == len(tops) - 1 else tops[number + 1] - top
-        yield (total[:, :done] / norm[:done])[:, : grid_h - top, :grid_w]
+        # One row and column beyond the image where there are some: its last pixels lie between these and the last ones.
+        yield (total[:, :done] / norm[:done])[:, : grid_h + 1 - top, : grid_w + 1]
         total[:, : cells - done] = total[:, done:].clone()
         total[:, cells - done :] = 0
         norm = F.pad(norm[done:], (0, 0, 0, done))

@@ -1,4 +1,4 @@
-"""Conventions of label maps, each defined once: the ignore index and the reduction to stride s.
+"""Conventions of label maps, each defined once: the ignore index, which ids there are, the reduction to stride s.
 
 Shapes: B batch, K classes, H x W pixels, h x w grid at stride s.
 """
@@ -14,6 +14,22 @@ IGNORE_INDEX = 255
 
 MAX_CLASSES = 255
 """Train ids are 0..254 in 8-bit masks; 255 is the ignore index."""
+
+
+def check_ids(labels: Tensor, num_classes: int) -> None:
+    """Raises ValueError for an id that is neither 0..K-1 nor IGNORE_INDEX; labels on an accelerator are not looked at.
+
+    Whether an id is wrong decides what happens next: an accelerator would have to be waited for in every step, and
+    torch.compile would need a second graph.
+    """
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = (labels < 0) | ((labels >= num_classes) & (labels != IGNORE_INDEX))
+    if wrong.any():
+        raise ValueError(
+            f"labels hold the id {labels[wrong][0].item()}: class ids must be 0..{num_classes - 1}, "
+            f"{IGNORE_INDEX} where nothing is labelled"
+        )
 
 
 def class_counts(labels_BHW: Tensor, num_classes: int) -> Tensor:

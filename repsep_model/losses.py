@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repsep_model.labels import IGNORE_INDEX, class_counts, majority_reduce
+from repsep_model.labels import IGNORE_INDEX, check_ids, class_counts, majority_reduce
 from repsep_model.segmentor import SegmentorOutput
 
 Terms = dict[str, tuple[Tensor, Tensor]]
@@ -72,9 +72,12 @@ class LossWeights:
         return asdict(self)
 
 
+_TERMS = tuple(f.name for f in fields(LossWeights) if f.name != "classes")  # once: torch.compile cannot trace fields()
+
+
 def term_names() -> list[str]:
     """The names of all terms, main ones first."""
-    return [f.name for f in fields(LossWeights) if f.name != "classes"]
+    return list(_TERMS)
 
 
 def term_weights(labels_BHW: Tensor, *, num_classes: int, stride: int, weights: LossWeights) -> dict[str, Tensor]:
@@ -82,8 +85,10 @@ def term_weights(labels_BHW: Tensor, *, num_classes: int, stride: int, weights: 
 
     Pixel terms count labelled pixels (`ce` by class weight; `ohem` the easy ones too, since which are hard is the
     model's affair), location terms labelled locations at stride s, `dice`, `lovasz` and `patch` images with something
-    labelled, `identity` K for each of those, `region` pairs of present classes.
+    labelled, `identity` K for each of those, `region` pairs of present classes. Raises ValueError for an id that is no
+    class (`check_ids`).
     """
+    check_ids(labels_BHW, num_classes)
     counts_BK = class_counts(labels_BHW, num_classes)
     present_B = (counts_BK > 0).sum(dim=1)
     reduced = majority_reduce(labels_BHW, stride, num_classes)
@@ -109,8 +114,10 @@ def segmentation_loss(output: SegmentorOutput, labels: Tensor, weights: LossWeig
     """{term: (sum, weight)} of every active term that this output can give (auxiliary terms need `aux`).
 
     `labels`: (B, H, W) integers, class ids and IGNORE_INDEX. All-ignored and one-class crops give finite values that
-    keep the graph.
+    keep the graph. Raises ValueError for labels of another shape and for an id that is no class (`check_ids`).
     """
+    if labels.shape != (output.logits.shape[0], *output.logits.shape[2:]):
+        raise ValueError(f"labels {tuple(labels.shape)} do not fit logits {tuple(output.logits.shape)}: pass (B, H, W)")
     # Under autocast the products of the separation terms would be taken in half precision, and so would the sums.
     with torch.autocast(output.logits.device.type, enabled=False):
         return _terms(output, labels.long(), weights)
@@ -154,8 +161,10 @@ def total_loss(
     """The scalar to run backward on: sum of weight * sum * world_size / total.
 
     `totals` are the step's total weights over all ranks and micro-batches; by default this batch's own. A total of 0
-    (nothing to learn from) gives 0 and keeps the graph.
+    (nothing to learn from) gives 0 and keeps the graph. Raises ValueError where there is no term at all.
     """
+    if not terms:
+        raise ValueError("no active term can be computed from this output (aux is None in eval mode)")
     active = weights.active()
     parts = []
     for name, (value, weight) in terms.items():

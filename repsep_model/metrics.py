@@ -42,6 +42,7 @@ class ConfusionMatrix:
     def update(self, labels: Tensor, predictions: Tensor) -> None:
         """Count integer tensors of one shape; raises ValueError for other ids than 0..K-1 and IGNORE_INDEX."""
         _check_shapes(labels=labels, predictions=predictions)
+        _check_integers(labels=labels, predictions=predictions)
         labels = labels.to(self.counts.device).flatten().long()
         valid = labels != IGNORE_INDEX
         labels, predictions = labels[valid], predictions.to(self.counts.device).flatten().long()[valid]
@@ -97,6 +98,8 @@ class BoundaryCounts:
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu", *, ratio: float = BOUNDARY_RATIO) -> None:
+        if not ratio > 0:
+            raise ValueError(f"ratio is a fraction of the image's diagonal over 0, got {ratio}")
         self.num_classes = num_classes
         self.ratio = ratio
         self.counts = torch.zeros(2, num_classes, dtype=torch.int64, device=device)
@@ -106,6 +109,7 @@ class BoundaryCounts:
         _check_shapes(labels=labels_HW, predictions=predictions_HW)
         if labels_HW.ndim != 2:
             raise ValueError(f"labels have shape {tuple(labels_HW.shape)}: pass one image (H, W) at a time")
+        _check_integers(labels=labels_HW, predictions=predictions_HW)
         labels_HW, predictions_HW = labels_HW.to(self.counts.device), predictions_HW.to(self.counts.device)
         valid_HW = labels_HW != IGNORE_INDEX
         _check_ids(self.num_classes, *(ids.masked_fill(~valid_HW, 0) for ids in (labels_HW, predictions_HW)))
@@ -195,6 +199,7 @@ class Calibration:
     def update(self, labels: Tensor, predictions: Tensor, confidence: Tensor) -> None:
         """Count tensors of one shape; confidence is the predicted class's probability, ValueError if not in 0..1."""
         _check_shapes(labels=labels, predictions=predictions, confidence=confidence)
+        _check_integers(labels=labels, predictions=predictions)
         labels, predictions, confidence = (t.to(self.counts.device) for t in (labels, predictions, confidence))
         valid = labels != IGNORE_INDEX
         right, confidence = (labels == predictions)[valid], confidence[valid].double()
@@ -245,6 +250,12 @@ def _check_shapes(**tensors: Tensor) -> None:
     if len({t.shape for t in tensors.values()}) > 1:
         named = [f"{name} {tuple(t.shape)}" for name, t in tensors.items()]
         raise ValueError(f"{', '.join(named[:-1])} and {named[-1]} differ in shape")
+
+
+def _check_integers(**ids: Tensor) -> None:
+    for name, tensor in ids.items():
+        if tensor.is_floating_point():
+            raise ValueError(f"{name} are {tensor.dtype}: pass class ids as integers")
 
 
 def _check_ids(num_classes: int, *counted: Tensor) -> None:

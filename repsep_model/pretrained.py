@@ -75,12 +75,17 @@ class LoadReport:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
 
+    @property
+    def unexplained(self) -> tuple[str, ...]:
+        """What is unexpected and no head, decoder or final norm: a deeper model's blocks, say."""
+        return tuple(name for name in self.unexpected if not SPARE.match(name))
+
     def __str__(self) -> str:
         spare = {name: match[match.lastindex or 0] for name in self.unexpected if (match := SPARE.match(name))}
         counts = (
             f"{len(self.matched)} matched, {len(self.resized)} resized{_listed(self.resized)}, "
             f"{len(self.missing)} missing{_listed(self.missing)}, "
-            f"{len(self.unexpected)} unexpected{_listed(name for name in self.unexpected if name not in spare)}"
+            f"{len(self.unexpected)} unexpected{_listed(self.unexplained)}"
         )
         return counts + (f", of these {len(spare)} by design{_listed(spare.values())}" if spare else "")
 
@@ -140,6 +145,13 @@ def _read(file: Path) -> Any:
             raise CheckpointError(
                 f"{file} cannot be read as weights: it would run {code[1]}; have its state dict alone saved, "
                 "best as safetensors"
+            ) from error
+        if file.is_dir():
+            raise CheckpointError(f"{file} is a folder; give the file in it, for example model.safetensors") from error
+        if isinstance(error, (pickle.UnpicklingError, EOFError)):
+            raise CheckpointError(
+                f"{file} cannot be read as weights: it is no file that torch wrote, or not all of it; "
+                "was it downloaded whole?"
             ) from error
         raise CheckpointError(f"{file} cannot be read as weights: {error}") from error
 

@@ -215,7 +215,8 @@ def build_segmentor(config: SegmentorConfig, pretrained: bool | str | Path = Fal
     if pretrained is not False:
         report = load_named(backbone) if pretrained is True else load_pretrained(backbone, Path(pretrained))
         source = config.backbone if pretrained is True else pretrained
-        logger.log(logging.WARNING if report.missing else logging.INFO, "%s: %s", source, report)
+        doubtful = report.missing or report.unexplained
+        logger.log(logging.WARNING if doubtful else logging.INFO, "%s: %s", source, report)
     mean, std = backbone.mean_std
     width = 256 if backbone.plain and backbone.channels[-1] >= WIDE_BACKBONE else 96
     defaults: dict[str, Any] = {"width": width, "mean": mean, "std": std}

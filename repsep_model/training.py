@@ -64,6 +64,7 @@ def train_step(
 ) -> dict[str, float]:
     """One optimizer step over this rank's micro-batches; returns mean losses over all ranks, gradient norm and rate.
 
+    The losses are those of the terms that the model gives: an active one that needs a part it lacks is left out.
     The step's gradient is that of one process with the global batch, whatever the split: weights are counted first.
     Raises NonFiniteLossError before anything is updated.
     """
@@ -87,6 +88,7 @@ def train_step(
     )
     state.optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+    given: set[str] = set()  # the same on every rank, for the model decides
     for number, (images, labels) in enumerate(batches):
         last = number == len(batches) - 1
         no_sync = getattr(state.model, "no_sync", None)
@@ -98,14 +100,15 @@ def train_step(
                 output, used=not weights.active().keys().isdisjoint(MAIN_TERMS)
             )
             loss_share.backward()  # type: ignore[no-untyped-call]
+        given |= terms.keys()
         for i, name in enumerate(names):
             if name in terms:
                 sums[i] += terms[name][0].detach().double()
     if all_reduce is not None:
         all_reduce(sums)
     means = sums / totals.clamp_min(1e-6)
-    losses = {f"loss/{name}": float(value) for name, value in zip(names, means, strict=True)}
-    loss = sum(weight * losses[f"loss/{name}"] for name, weight in weights.active().items())
+    losses = {f"loss/{name}": float(value) for name, value in zip(names, means, strict=True) if name in given}
+    loss = sum(weight * losses[f"loss/{name}"] for name, weight in weights.active().items() if name in given)
     norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), settings.clip)
     if not (torch.isfinite(norm) and torch.isfinite(torch.tensor(loss))):
         raise NonFiniteLossError(

@@ -42,6 +42,17 @@ class Augmentation:
     max_class_share: float = 0.75
     """A crop in which one class has more of the labelled pixels, or which has none, is drawn again, up to 10 times."""
 
+    def __post_init__(self) -> None:
+        if self.crop < 1:
+            raise ValueError(f"crop must be at least 1, got {self.crop}")
+        low, high = self.scale
+        if not 0 < low <= high:
+            raise ValueError(f"scale is a range of factors over 0, low then high, got {self.scale}")
+        for name in ("flip", "photometric"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is a probability in 0..1, got {value}")
+
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator of one sample in one epoch; a function of its arguments only (Philox, counter-based)."""
@@ -69,8 +80,9 @@ def augment(
     height, width = mask.shape
     scale = float(np.exp(rng.uniform(*np.log(how.scale))))
     size = [max(1, round(height * scale)), max(1, round(width * scale))]
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-    labels = torch.from_numpy(np.ascontiguousarray(mask))[None]
+    # Read-only memory, such as a memory map's, is copied: torch wants it writable.
+    pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
+    labels = torch.from_numpy(np.require(mask, requirements=["C", "W"]))[None]
     if size != [height, width]:
         pixels = TF.resize(pixels, size, InterpolationMode.BILINEAR, antialias=scale < 1)
         # Plain NEAREST takes the corners of pixels for their centres: labels half a pixel beside the image.

@@ -47,6 +47,11 @@ def test_unknown_setting_is_refused_by_name() -> None:
     [
         ({"num_classes": 0}, "num_classes must be 1 to 255, got 0"),
         ({"num_classes": 256}, "num_classes must be 1 to 255, got 256"),
+        ({"num_classes": 5.0}, "num_classes must be an int, got 5.0"),
+        ({"num_classes": "5"}, "num_classes must be an int, got '5'"),
+        ({"drop_path": 1.0}, "drop_path must be 0 or more and under 1, got 1.0"),
+        ({"drop_path": -0.1}, "drop_path must be 0 or more and under 1, got -0.1"),
+        ({"window": 0}, "window must be at least 1, got 0"),
         ({"stride": 12}, "stride must be 4, 8, 16 or 32, got 12"),
         ({"separation": "global"}, "separation must be one of .*'region'.*, got 'global'"),
         ({"cross_attention": -1}, "cross_attention counts layers: 0 or more, got -1"),
@@ -58,6 +63,21 @@ def test_unknown_setting_is_refused_by_name() -> None:
 def test_wrong_value_is_refused_with_the_name_of_its_field(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SegmentorConfig.from_dict({"backbone": "pvt_v2_b0", "num_classes": 5} | change)
+
+
+@pytest.mark.parametrize(
+    ("name", "by"),
+    [
+        ("num_classes", "the adapter"),
+        ("in_chans", "the adapter"),
+        ("features_only", "the adapter"),
+        ("drop_path_rate", "drop_path"),
+        ("pretrained", "build_segmentor"),
+    ],
+)
+def test_backbone_argument_that_is_set_elsewhere_is_refused_by_name(name: str, by: str) -> None:
+    with pytest.raises(ValueError, match=f"backbone_args may not hold {name}: it is set by {by}"):
+        SegmentorConfig(backbone="pvt_v2_b0", num_classes=5, backbone_args={"depth": 4, name: 1})
 
 
 def test_255_classes_are_the_most() -> None:

@@ -349,6 +349,11 @@ def test_labels_of_another_size_are_refused() -> None:
         separation_report(tiny_segmentor(), random_images(1, 32, 32), random_labels(1, 32, 40))
 
 
+def test_report_of_no_image_is_refused() -> None:
+    with pytest.raises(ValueError, match="pass at least one image"):
+        separation_report(tiny_segmentor(), random_images(0, 32, 32), random_labels(0, 32, 32))
+
+
 def test_the_inference_form_gives_the_same_report_also_under_autocast() -> None:
     model, images, labels = tiny_segmentor(), random_images(1, 64, 64), random_labels(1, 64, 64)
     expected = separation_report(model, images, labels)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from repsep_model import Segmentor, segment_image
@@ -27,6 +28,7 @@ from repsep_model.inference import (
     segment_batch,
     window_side,
 )
+from repsep_model.transforms import canvas
 from tests.model.tiny import PVT, VIT, K, family_segmentor, random_images, tiny_segmentor
 
 STRIDE = 8
@@ -205,11 +207,67 @@ def test_scaled_windows_agree_with_the_scaled_whole() -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"scales": ()}, "scales must be"), ({"scales": (1, 0)}, "scales must be"), ({"overlap": 1.0}, "overlap is a")],
+    [
+        ({"scales": ()}, "scales must be"),
+        ({"scales": (1, 0)}, "scales must be"),
+        ({"scales": 1.0}, "scales must be"),
+        ({"scales": (float("nan"),)}, "scales must be"),
+        ({"overlap": 1.0}, "overlap is a"),
+        ({"dtype": torch.float16}, "dtype must be"),
+    ],
 )
 def test_options_that_make_no_sense_are_refused(vit: Segmentor, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         segment_image(vit, picture(32, 32), **options)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        picture(8, 8) / 255,
+        picture(8, 8)[..., 0],
+        np.zeros((8, 8, 4), np.uint8),
+        np.zeros((3, 8, 8), np.uint8),
+        np.zeros((0, 8, 3), np.uint8),
+        Image.fromarray(picture(8, 8)),
+        torch.zeros(8, 8, 3, dtype=torch.uint8),
+    ],
+    ids=["float", "grey", "alpha", "channels first", "empty", "PIL", "tensor"],
+)
+def test_anything_but_a_uint8_rgb_array_is_refused(vit: Segmentor, image: Any) -> None:
+    with pytest.raises(ValueError, match=r"pass a numpy array \(H, W, 3\) of uint8"):
+        segment_image(vit, image)
+
+
+@pytest.mark.parametrize("size", [(97, 131), (96, 128), (5, 300)])
+def test_one_view_twice_gives_what_it_gives_once(vit: Segmentor, size: tuple[int, int]) -> None:
+    image = colourful(*size)
+    once, twice = segment_image(vit, image), segment_image(vit, image, scales=(1.0, 1.0))
+    np.testing.assert_allclose(twice.confidence, once.confidence, rtol=1e-5)
+    np.testing.assert_array_equal(twice.labels, once.labels)
+
+
+@pytest.mark.parametrize("size", [(97, 131), (90, 121)])
+@torch.no_grad()
+def test_labels_at_odd_sizes_are_those_of_the_models_own_logits(vit: Segmentor, size: tuple[int, int]) -> None:
+    image = colourful(*size)
+    filled = canvas(image, canvas_multiple(vit), fill_colour(vit))
+    logits = vit(torch.from_numpy(filled).permute(2, 0, 1)[None]).logits[0, :, : size[0], : size[1]]
+    confidence, labels = logits.softmax(dim=0).max(dim=0)
+    found = segment_image(vit, image)
+    np.testing.assert_allclose(found.confidence, confidence.numpy(), rtol=1e-4)
+    assert (found.labels == labels.numpy()).mean() > 0.9999
+
+
+def test_logits_of_the_whole_image_are_never_held(vit: Segmentor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference_module, "UPSAMPLE_BYTES", 4 * K * 131 * 5)
+    sizes: list[int] = []
+    reader = _View.read
+    monkeypatch.setattr(_View, "read", lambda self, *rows: sizes.append((out := reader(self, *rows)).shape[1]) or out)
+    segment_image(vit, picture(97, 131))
+    segment_batch(vit, random_images(1, 96, 131))
+    assert max(sizes) == 5
+    assert sum(sizes) == 97 + 96
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.9])

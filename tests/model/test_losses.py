@@ -5,6 +5,7 @@ Shapes: B batch, K classes, D width, E embedding, H x W pixels, h x w grid, N lo
 """
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -395,6 +396,32 @@ def test_terms_whose_part_is_switched_off_are_left_out() -> None:
     lean = SegmentorOutput(found.logits, replace(found.aux, local_BKhw=None, regions_BKD=None, embedding_BEhw=None))
     terms = segmentation_loss(lean, random_labels(3, H, W), LossWeights())
     assert list(terms) == ["ce", "coarse", "attention", "identity"]
+
+
+@pytest.mark.parametrize("shape", [(3, 1, H, W), (3, W, H), (2, H, W), (H, W)])
+def test_labels_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    labels = torch.zeros(shape, dtype=torch.uint8)
+    expected = f"labels {shape} do not fit logits {(3, K, H, W)}: pass (B, H, W)"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        segmentation_loss(output(), labels, ALL)
+
+
+@pytest.mark.parametrize("wrong", [K, 254, 256, -1])
+def test_id_that_is_no_class_is_refused_by_name_before_and_in_the_loss(wrong: int) -> None:
+    labels = random_labels(3, H, W).long()
+    labels[1, 2, 3] = wrong
+    message = f"labels hold the id {wrong}: class ids must be 0..4, 255 where nothing is labelled"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        segmentation_loss(output(), labels, only("ce"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        term_weights(labels, num_classes=K, stride=STRIDE, weights=ALL)
+
+
+def test_loss_without_a_single_term_is_refused() -> None:
+    weights = LossWeights(ce=0.0)
+    terms = segmentation_loss(SegmentorOutput(output().logits, None), random_labels(3, H, W), weights)
+    with pytest.raises(ValueError, match=r"no active term can be computed from this output \(aux is None in eval mode"):
+        total_loss(terms, weights)
 
 
 def test_term_of_weight_zero_is_left_out() -> None:

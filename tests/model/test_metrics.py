@@ -4,6 +4,7 @@ Shapes: B batch, K classes, H x W pixels, M bins.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,7 +226,7 @@ def eroded_boundary(mask: NDArray[np.bool_], distance: int) -> NDArray[np.bool_]
 
 
 @pytest.mark.parametrize("size", [(40, 56), (31, 8), (5, 60), (1, 9), (3, 3)])
-@pytest.mark.parametrize("ratio", [0.0, 0.02, 0.05, 0.2])
+@pytest.mark.parametrize("ratio", [1e-6, 0.02, 0.05, 0.2])
 def test_boundary_counts_equal_iterated_erosion_class_by_class(size: tuple[int, int], ratio: float) -> None:
     labels, predictions = blobs(*size)
     distance = max(1, round(ratio * math.sqrt(size[0] ** 2 + size[1] ** 2)))
@@ -358,6 +359,24 @@ def test_boundary_refuses_shapes_that_differ_and_batches() -> None:
         BoundaryCounts(K).update(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
 
 
+@pytest.mark.parametrize("ratio", [0.0, -0.02, math.nan])
+def test_boundary_refuses_a_ratio_that_is_not_over_zero(ratio: float) -> None:
+    with pytest.raises(ValueError, match=r"ratio is a fraction of the image's diagonal over 0, got"):
+        BoundaryCounts(K, ratio=ratio)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state", [ConfusionMatrix(K), BoundaryCounts(K), Calibration()])
+def test_ids_that_are_floats_are_refused_and_nothing_is_counted(state: Any, dtype: torch.dtype) -> None:
+    ids, floats = torch.ones(3, 4, dtype=torch.uint8), torch.full((3, 4), 1.5, dtype=dtype)
+    more = [torch.ones(3, 4)] if isinstance(state, Calibration) else []
+    with pytest.raises(ValueError, match=f"labels are {dtype}: pass class ids as integers"):
+        state.update(floats, ids, *more)
+    with pytest.raises(ValueError, match=f"predictions are {dtype}: pass class ids as integers"):
+        state.update(ids, floats, *more)
+    assert not state.counts.any()
+
+
 def confident(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Labels, predictions and confidence that grows with being right but is too high."""
     labels, predictions = pair(seed)
@@ -416,12 +435,12 @@ def test_ece_of_an_overconfident_model_is_its_excess() -> None:
 
 def test_a_model_that_is_as_often_right_as_it_says_has_no_calibration_error() -> None:
     labels = torch.tensor([0, 0, 0, 1])
-    assert calibrated(labels, torch.zeros(4), torch.full((4,), 0.75)).ece() == 0.0
+    assert calibrated(labels, torch.zeros_like(labels), torch.full((4,), 0.75)).ece() == 0.0
 
 
 def test_a_bin_holds_its_upper_edge_and_the_first_holds_zero() -> None:
     confidence = torch.tensor([0.0, 0.25, 0.2500001, 0.5, 0.75, 1.0, 1.0 + 1e-7], dtype=torch.float64)
-    labels = torch.zeros(7)
+    labels = torch.zeros(7, dtype=torch.int64)
     assert calibrated(labels, labels, confidence, num_bins=4).counts[0].tolist() == [2, 2, 1, 2]
 
 

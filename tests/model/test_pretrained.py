@@ -610,6 +610,19 @@ def test_file_that_is_absent_or_broken_is_a_checkpoint_error(name: str, tmp_path
         (tmp_path / name).write_bytes(b"not weights")
 
 
+@pytest.mark.parametrize("content", [b"", b"<html>no such file</html>", b"version https://git-lfs.github.com/spec/v1"])
+def test_file_that_is_no_checkpoint_is_not_answered_with_advice_to_trust_it(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match="was it downloaded whole") as caught:
+        load_pretrained(fresh(), tmp_path / "weights.pth")
+    assert "weights_only" not in str(caught.value)
+
+
+def test_folder_is_answered_with_the_file_that_may_be_in_it(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is a folder; give the file in it, for example model.safetensors"):
+        load_pretrained(fresh(), tmp_path)
+
+
 # Nothing of theirs runs
 
 
@@ -756,6 +769,16 @@ def test_build_segmentor_warns_of_what_is_missing(tmp_path: Path, caplog: pytest
     (record,) = [r for r in caplog.records if "matched" in r.getMessage()]
     assert record.levelno == logging.WARNING
     assert "12 missing (blocks.3.norm1.weight, " in record.getMessage()
+
+
+def test_build_segmentor_warns_of_blocks_that_it_has_no_place_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = published(args=dict(VIT.backbone_args), depth=6).state_dict()
+    build_segmentor(VIT, pretrained=write(weights, tmp_path / "weights.pth"))
+    (record,) = [r for r in caplog.records if "matched" in r.getMessage()]
+    assert record.levelno == logging.WARNING
+    assert "unexpected (blocks.4.norm1.weight, " in record.getMessage()
 
 
 def test_build_segmentor_takes_weights_by_name(tmp_path: Path) -> None:

@@ -11,7 +11,11 @@ import repsep_model
 
 PACKAGE = Path(repsep_model.__file__).parent
 NAMES = {
+    "CheckpointError",
     "ConfusionMatrix",
+    "ExportError",
+    "ExportReport",
+    "LoadReport",
     "LossWeights",
     "Segmentation",
     "Segmentor",
@@ -19,6 +23,9 @@ NAMES = {
     "SegmentorOutput",
     "build_segmentor",
     "corrupt",
+    "export_onnx",
+    "export_program",
+    "load_pretrained",
     "load_segmentor",
     "save_segmentor",
     "segment_image",

@@ -208,6 +208,22 @@ def test_reported_losses_are_the_terms_means_and_their_weighted_sum() -> None:
     assert report["loss"] == pytest.approx(sum(w * means[n] for n, w in SETTINGS.weights.active().items()), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "given"),
+    [
+        ({"local_pathway": False, "separation": "none", "cross_attention": 0}, {"ce"}),
+        ({"attention_supervision": False}, {"ce", "local", "coarse", "patch"}),
+    ],
+    ids=["baseline", "no attention supervision"],
+)
+def test_terms_that_the_model_cannot_give_are_not_reported(changes: dict[str, Any], given: set[str]) -> None:
+    weights = LossWeights()
+    report = train_step(fresh_state(**changes), pieces(uneven_batch(), 2, 3), replace(SETTINGS, weights=weights))
+    losses = {name.removeprefix("loss/"): value for name, value in report.items() if name.startswith("loss/")}
+    assert losses.keys() == given
+    assert report["loss"] == pytest.approx(sum(weights.active()[name] * value for name, value in losses.items()))
+
+
 @pytest.mark.parametrize("label", [IGNORE_INDEX, 2])
 def test_step_on_labels_that_teach_little_stays_finite(label: int) -> None:
     state = fresh_state(optimizer=torch.optim.AdamW)

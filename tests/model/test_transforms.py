@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -260,6 +261,34 @@ def test_augmentation_leaves_its_input_as_it_was() -> None:
         augment(image, mask, sample_rng(0, 0, index), Augmentation(crop=64, photometric=1.0), FILL)
     np.testing.assert_array_equal(image, before[0])
     np.testing.assert_array_equal(mask, before[1])
+
+
+def test_read_only_and_strided_sources_give_the_same_crop() -> None:
+    """torch warns of memory that it must not write to."""
+    image, mask = blocks()
+    expected = crop((image, mask), UNSCALED)
+    read_only, strided = (image.copy(), mask.copy()), (image[:, ::-1].copy()[:, ::-1], np.asfortranarray(mask))
+    for array in read_only:
+        array.flags.writeable = False
+    for source in (read_only, strided):
+        found = crop(source, UNSCALED)
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crop": 0}, "crop must be at least 1, got 0"),
+        ({"scale": (0.0, 2.0)}, "scale is a range of factors over 0, low then high, got"),
+        ({"scale": (2.0, 0.5)}, "scale is a range of factors over 0, low then high, got"),
+        ({"scale": (0.5, math.nan)}, "scale is a range of factors over 0, low then high, got"),
+        ({"flip": 1.1}, r"flip is a probability in 0\.\.1, got 1\.1"),
+        ({"photometric": -0.1}, r"photometric is a probability in 0\.\.1, got -0\.1"),
+    ],
+)
+def test_impossible_augmentation_is_refused_with_the_name_of_its_field(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Augmentation(**({"crop": 64} | change))
 
 
 def test_canvas_holds_the_image_at_its_top_left_and_the_fill_elsewhere() -> None:

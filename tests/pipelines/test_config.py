@@ -62,6 +62,9 @@ def test_an_unknown_key_that_is_like_no_other_is_answered_with_all_of_them(recip
         ("sweep: {search: {loss: {local: [1, high]}}}", "sweep.search.loss.local.1", "'high'"),
         ("register: {name: team/model}", "register.name", "'team/model'"),
         ("tracking: {experiment: ''}", "tracking.experiment", "''"),
+        ("evaluate: {scales: []}", "evaluate.scales", "[]"),
+        ("evaluate: {scales: [1, 0]}", "evaluate.scales.1", "0"),
+        ("evaluate: {pixel_budget: 0}", "evaluate.pixel_budget", "0"),
     ],
 )
 def test_a_wrong_value_is_shown_with_its_key(recipe_file: Any, text: str, key: str, value: str) -> None:
@@ -106,6 +109,7 @@ def test_all_that_is_wrong_is_said_at_once(recipe_file: Any) -> None:
         ("train.model.backbone_args={depth: 2}", {"depth": 2}),
         ("train.model.backbone=a=b", "a=b"),
         ("train.dataset=s3://bucket/folder", "s3://bucket/folder"),
+        ("evaluate.scales=[0.5, 1]", (0.5, 1.0)),
         ("train.micro_batch=null", None),
         ("train.micro_batch=", None),
     ],

@@ -54,9 +54,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return open_dataset(prepare(workspace, config).results["dataset"])
 
 
-def saved_model(folder: Path, names: list[str], seed: int = 0) -> str:
+def saved_model(folder: Path, names: list[str], seed: int = 0, **changes: Any) -> str:
     classes = [{"id": i, "name": name, "color": [i, i, i]} for i, name in enumerate(names)]
-    model = tiny_segmentor(VIT, num_classes=len(names), seed=seed)
+    model = tiny_segmentor(VIT, num_classes=len(names), seed=seed, **changes)
     save_segmentor(model, folder, classes={"name": "tiny", "ignore_index": 255, "classes": classes})
     return str(folder)
 
@@ -115,7 +115,7 @@ def test_every_image_is_judged_once_however_many_workers_share_them(
     found = [
         entry
         for rank in range(workers)
-        for entry in stage._evaluate_share(files, dataset.folder.uri, "val", rank, workers, 2)
+        for entry in stage._evaluate_share(files, dataset.folder.uri, EvaluateConfig(overlays=2), rank, workers)
     ]
     expected = {
         key: counted(segment_image(model, image).labels, mask, K)
@@ -130,6 +130,27 @@ def test_every_image_is_judged_once_however_many_workers_share_them(
     drawn = {number: picture for _, number, _, picture in found if picture is not None}
     assert sorted(drawn) == [0, 2], "as many overlays as were asked for, spread over the images"
     assert decode_image(drawn[0]).shape == (24, 3 * 32, 3), "image, labels and prediction side by side"
+
+
+@pytest.mark.parametrize(
+    "setting", [{"pixel_budget": 24 * 32}, {"scales": (0.5, 1.5)}, {"flip": True}], ids=["windows", "scales", "flip"]
+)
+def test_images_are_judged_by_the_windows_scales_and_flips_that_the_recipe_says(
+    dataset: Dataset, tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    uri = saved_model(tmp_path / "model", [c["name"] for c in CLASSES], window=32)
+    with fetch_model(uri, TrackingConfig()) as fetched:
+        files = fetched.files()
+    model = load_files(files)
+    plain, found = (
+        {key: counts.tolist() for key, _, counts, _ in stage._evaluate_share(files, dataset.folder.uri, config, 0, 1)}
+        for config in (EvaluateConfig(), EvaluateConfig(**setting))
+    )
+    assert found == {
+        key: counted(segment_image(model, image, **setting).labels, mask, K)
+        for key, image, mask in dataset.split("val").share(0, 1)
+    }
+    assert found["val/c.jpg"] != plain["val/c.jpg"], "a setting that changes nothing would prove nothing"
 
 
 # ---------------------------------------------------------------- the blind prior
@@ -191,7 +212,7 @@ def recipe(tmp_path: Path, dataset: Dataset) -> Recipe:
 
 def alone(run: Any, config: EvaluateConfig, dataset: Dataset, model: Any) -> tuple[list[str], Any]:
     """In place of the Ray tasks: one share of one."""
-    found = stage._evaluate_share(model.files(), dataset.folder.uri, config.split, 0, 1, 0)
+    found = stage._evaluate_share(model.files(), dataset.folder.uri, config, 0, 1)
     return [key for key, *_ in found], {n: np.stack([c[i] for _, _, c, _ in found]) for i, n in enumerate(COUNTS)}
 
 
@@ -232,6 +253,21 @@ def test_the_same_model_and_images_at_other_places_are_not_judged_again(
         for uri, split in ((model_uri, "val"), (str(copy), "val"), (model_uri, "train"), (other, "val"))
     ]
     assert [receipt.cached for receipt in found] == [False, True, False, False]
+
+
+def test_an_evaluation_with_other_windows_scales_or_flips_is_another_one(
+    model_uri: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "_count_split", alone)
+    settings: list[dict[str, Any]] = [{}, {"pixel_budget": 409_600}, {"scales": (0.5, 1.0)}, {"flip": True}]
+    receipts = [
+        evaluate(str(tmp_path / "work"), recipe, recipe.evaluate.model_copy(update={"model": model_uri} | changed))
+        for changed in settings
+    ]
+    assert len({receipt.fingerprint for receipt in receipts}) == 4
+    said = [{name: receipt.results[name] for name in stage.SEGMENTING} for receipt in receipts]
+    assert said[0] == {"pixel_budget": 4 * 1024 * 1024, "scales": [1.0], "flip": False}
+    assert said[2] == said[0] | {"scales": [0.5, 1.0]}
 
 
 @pytest.mark.parametrize("names", [["sky", "road"], ["road", "sky", "tree"], ["sky", "road", "shrub"]])

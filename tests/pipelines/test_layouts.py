@@ -457,6 +457,30 @@ def test_a_list_that_is_missing_is_named(run: Callable[..., Receipt], tmp_path: 
         run(CONTEXT, source)
 
 
+@pytest.mark.parametrize("gone", ["ImageSets/SegmentationContext/train.txt", "SegmentationClassContext"])
+def test_a_pascal_context_that_no_converter_has_seen_is_told_what_makes_its_masks_and_lists(
+    run: Callable[..., Receipt], tmp_path: Path, gone: str
+) -> None:
+    source = CONTEXT.write(tmp_path / "source")
+    (source / gone).rename(tmp_path / "gone")
+    with pytest.raises(UsageError) as caught:
+        run(CONTEXT, source)
+    assert str(caught.value).endswith(
+        "; masks and lists are made from the data set's 459 labels by a converter such as MMSegmentation's "
+        "tools/dataset_converters/pascal_context.py"
+    )
+
+
+def test_a_native_layout_without_any_mask_is_refused_at_once(
+    case: Case, run: Callable[..., Receipt], tmp_path: Path
+) -> None:
+    source = case.write(tmp_path / "source")
+    for place in case.places():
+        (source / case.key(case.mask, *place)).unlink()
+    with pytest.raises(UsageError, match=f"{source} has no masks of the layout "):
+        run(case, source)
+
+
 def test_empty_lists_leave_nothing_to_train_on(run: Callable[..., Receipt], tmp_path: Path) -> None:
     source = CONTEXT.write(tmp_path / "source")
     for split in ("train", "val"):

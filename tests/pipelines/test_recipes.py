@@ -81,6 +81,7 @@ def test_a_recipe_has_the_settings_that_readers_of_the_paper_expect(name: str) -
     train = recipe.train
     assert recipe.prepare.layout == expected.layout
     assert (train.augment.crop, train.model.window) == (expected.crop, expected.crop)
+    assert recipe.evaluate.pixel_budget == expected.crop**2, "what is larger than a crop goes by windows"
     assert (train.steps, train.warmup_steps) == (expected.steps, 1500)
     assert 2e-5 <= train.lr <= 6e-5
     assert (train.weight_decay, train.head_lr_scale) == (0.05, 10)

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipelines import evaluate as evaluation_stage
-from pipelines.config import Recipe, RegisterConfig, TrackingConfig
+from pipelines.config import EvaluateConfig, Recipe, RegisterConfig, TrackingConfig
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import RepsepError, UsageError
 from pipelines.evaluate import COUNTS, Counts, evaluate
@@ -289,6 +289,26 @@ def test_a_worse_second_model_becomes_challenger_and_the_champion_stays(
     assert challenger.tags["repsep.replaced"] == "1"
     assert register(str(recipe.workspace), recipe).cached
     assert judged == ["first", "worse"], "the champion's counts are known: it is not judged again"
+
+
+def test_the_champion_is_judged_again_in_the_way_its_challenger_was(
+    registered: Callable[[str], Receipt], recipe: Recipe, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered("first")
+    seen: list[tuple[str, EvaluateConfig]] = []
+    count = evaluation_stage._count_split
+
+    def count_and_note(run: Any, config: EvaluateConfig, dataset: Dataset, model: Any) -> tuple[list[str], Counts]:
+        seen.append((model.digest, config))
+        return count(run, config, dataset, model)
+
+    monkeypatch.setattr(evaluation_stage, "_count_split", count_and_note)
+    way = {"pixel_budget": 409_600, "scales": (0.5, 1.0), "flip": True}
+    config = recipe.evaluate.model_copy(update={"model": str(models["worse"])} | way)
+    evaluate(str(recipe.workspace), recipe.model_copy(update={"evaluate": config}))
+    register(str(recipe.workspace), recipe)  # the evaluation counts, not what the recipe says by now
+    assert [model for model, _ in seen] == [digest(str(models[name]), recipe) for name in ("worse", "first")]
+    assert seen[0][1].model_dump(include=set(way)) == seen[1][1].model_dump(include=set(way)) == way
 
 
 def test_a_better_second_model_becomes_champion(
