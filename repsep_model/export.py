@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,9 @@ def export_program(
     extra = _metadata(model, side, classes)
     with _replaced_at_the_end(file) as draft:
         torch.export.save(_traced(model, side), draft, extra_files=extra)
-        return _compared(model, torch.export.load(draft).module(), file, side, tolerance)
+        with _quietly():
+            run = torch.export.load(draft).module()
+        return _compared(model, run, file, side, tolerance)
 
 
 def export_onnx(
@@ -110,7 +113,7 @@ def export_onnx(
     model, side = _ready(model, window)
     metadata = _metadata(model, side, classes)
     with _replaced_at_the_end(file) as draft:
-        with _without_hints():
+        with _quietly():
             program = torch.onnx.export(
                 _traced(model, side),
                 input_names=["images"],
@@ -204,12 +207,15 @@ def _replaced_at_the_end(file: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _without_hints() -> Iterator[None]:
-    """onnxscript logs as a warning each node that it does not fold, which is nothing to act on."""
-    logger = logging.getLogger("onnxscript.optimizer")
+def _quietly() -> Iterator[None]:
+    """Without what the exporters say about their own inside: nothing that whoever exports could act on."""
+    logger = logging.getLogger("onnxscript.optimizer")  # warns of each node that it does not fold
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            for said in (r"`isinstance\(treespec, LeafSpec\)` is deprecated", "The given buffer is not writable"):
+                warnings.filterwarnings("ignore", message=said)  # torch 2.11 of itself
+            yield
     finally:
         logger.setLevel(level)
