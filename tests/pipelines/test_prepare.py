@@ -154,12 +154,12 @@ def test_an_unchanged_source_is_not_prepared_again(source: Path, run: Callable[.
 
 def test_a_source_on_object_storage_gives_the_same_data_set(source: Path, s3: str, run: Callable[..., Receipt]) -> None:
     Folder(f"s3://{s3}/in").upload(source)
-    remote = prepare(f"s3://{s3}/work", PrepareConfig(source=f"s3://{s3}/in"))
+    remote = prepare(f"s3://{s3}/space", PrepareConfig(source=f"s3://{s3}/in"))
     there = dataset_of(remote)
-    assert there.folder.uri.startswith(f"s3://{s3}/work/prepare/")
+    assert there.folder.uri.startswith(f"s3://{s3}/space/prepare/")
     assert there.digest == dataset_of(run(source)).digest
     assert len(rows_of(there, "train")) == 4
-    assert prepare(f"s3://{s3}/work", PrepareConfig(source=f"s3://{s3}/in")).cached
+    assert prepare(f"s3://{s3}/space", PrepareConfig(source=f"s3://{s3}/in")).cached
 
 
 def test_without_a_source_the_generated_scenes_are_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
