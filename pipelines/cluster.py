@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 import ray
 
@@ -15,30 +16,40 @@ from pipelines.storage import is_local
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
-def connect() -> None:
+def connect(*, dashboard: bool = True) -> None:
     """Attach to $RAY_ADDRESS or a cluster started on this machine, else start one; nothing if already attached.
 
-    `RAY_ADDRESS=local` always starts one of its own.
+    `RAY_ADDRESS=local` always starts one of its own. Ray's dashboard costs it 300 MB and some CPU; sweeps need it.
     """
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # report() waits for the next check
     environment = WORKER_ENVIRONMENT | {k: v for k, v in os.environ.items() if k.startswith("RAY_TRAIN_")}
     try:
-        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": environment})
+        ray.init(
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": environment},
+            include_dashboard=None if dashboard else False,  # without a word to a cluster that is there
+        )
     except ConnectionError as error:
         raise UsageError(f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: {error}") from error
     resources = ray.cluster_resources()
     say(f"Ray: {len(nodes())} node(s), {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs")
 
 
-def nodes() -> list[dict[str, object]]:
+def nodes() -> list[dict[str, Any]]:
     """The nodes that are alive."""
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def has_gpu() -> bool:
     return bool(ray.cluster_resources().get("GPU", 0))
+
+
+def cpus_per_gpu() -> list[float]:
+    """For each node with GPUs, its CPUs for each of them."""
+    resources = [node["Resources"] for node in nodes()]
+    return [each.get("CPU", 0) / each["GPU"] for each in resources if each.get("GPU")]
 
 
 def require(cpus: float, key: str) -> None:

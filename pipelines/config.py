@@ -250,27 +250,35 @@ class RegisterConfig(Section):
 
 
 class SegmentRuntime(Section):
-    """Where bulk segmentation runs."""
+    """Where bulk segmentation runs and how work is cut; none of it changes a mask."""
 
-    model_actors: int = Field(1, ge=1, description="actors that hold the model")
+    model_actors: int | None = Field(
+        None, ge=1, description="actors that hold the model; by default one for each GPU, without GPUs one for each CPU"
+    )
     gpu: bool | None = Field(None, description="a GPU for each model actor; by default if the cluster has any")
-    batch_size: int = Field(8, ge=1, description="images read, segmented and committed together")
-    retries: int = Field(2, ge=0, description="how often work of a lost worker is tried again")
+    threads: int = Field(8, ge=1, description="requests to the store that a process has under way")
 
 
 class SegmentConfig(Section):
-    """Bulk segmentation: every image under a prefix becomes a mask and a row."""
+    """Bulk segmentation: every image under a prefix, or in its shards, becomes a mask and a row."""
 
-    source: str | None = Field(None, description="URI of a prefix of images or of one image")
+    source: str | None = Field(None, description="URI of a prefix of images or shards, or of one of them")
     target: str | None = Field(None, description="URI of the output prefix")
     model: str | None = Field(
         None, description="models:/name@alias, models:/name/version or a directory; by default the registered champion"
     )
+    input: Literal["images", "shards"] | None = Field(None, description="by default whichever of the two is there")
     include: tuple[str, ...] = Field(
         (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"), description="extensions that are images"
     )
+    shards: tuple[str, ...] = Field(
+        (".parquet", ".tar", ".tar.gz", ".tgz"), description="extensions that are shards of images"
+    )
+    image_column: str = Field("image", description="column of a Parquet shard with the encoded image")
+    key_column: str = Field("key", description="column of a Parquet shard that names the image, if it is there")
     confidence: bool = Field(False, description="also write the confidence as 8-bit PNG")
     bf16: bool = Field(True, description="run the model in bfloat16 autocast")
+    compile: bool = Field(False, description="torch.compile the model; pays where shapes are few and images many")
     model_batch: int = Field(1, ge=1, description="images of one shape in a call of the model; 8 to 32 suit a GPU")
     pixel_budget: int = Field(4 * 1024 * 1024, ge=1024, description="images over this many pixels go by windows")
     max_pixels: int = Field(
@@ -279,7 +287,11 @@ class SegmentConfig(Section):
     max_failure_rate: float = Field(0.5, ge=0, le=1, description="stop when a larger share of the images fails")
     overwrite: bool = Field(False, description="replace an output that another model wrote")
     retry_failed: bool = Field(False, description="take failed images again")
-    limit: int | None = Field(None, ge=1, description="segment at most this many images")
+    limit: int | None = Field(None, ge=1, description="segment at most this many images (or shards)")
+    shard: str | None = Field(
+        None, pattern=r"^[1-9][0-9]*/[1-9][0-9]*$", description="i/n: only the i-th of n parts, for n jobs side by side"
+    )
+    price_per_hour: float | None = Field(None, gt=0, description="what the cluster costs; gives the cost per image")
     runtime: SegmentRuntime = Field(default_factory=SegmentRuntime)
 
 

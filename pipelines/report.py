@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import random
-from pathlib import Path
 from typing import Any
 
-import jinja2
 from matplotlib.figure import Figure
-from PIL import Image
 
 from pipelines import tracking
-from pipelines.commits import OK, Output
-from pipelines.config import Recipe, Section
+from pipelines.bulk.commits import Output
+from pipelines.bulk.pictures import sample_pictures
+from pipelines.bulk.plan import open_source
+from pipelines.bulk.survey import survey_of
+from pipelines.config import Recipe, Section, SegmentConfig
 from pipelines.dataset import Dataset, open_dataset
-from pipelines.errors import StorageError
 from pipelines.evaluate import OVERLAYS
+from pipelines.pages import data_uri, render
 from pipelines.stage import Receipt, StageRun, run_stage
 from pipelines.storage import Folder
-from repsep_model.images import ImageError, decode_image, decode_mask, overlay
 
 PACKAGES = ("pipelines", "repsep_model")
-TEMPLATES = Path(__file__).parent / "templates"
-SAMPLES, FAILURES_SHOWN, SAMPLE_WIDTH = 12, 20, 480
+Row = dict[str, Any]
 
 
 class _NoSettings(Section):
@@ -47,11 +43,9 @@ def _write(run: StageRun, recipe: Recipe, receipts: list[Receipt]) -> None:
     results = {receipt.stage: receipt for receipt in receipts}
     dataset = open_dataset(results["prepare"].results["dataset"])
     bulk = results.get("segment")
-    samples, failures = _bulk_samples(bulk, dataset) if bulk is not None else ([], [])
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("report.html").render(
+    samples, failures = _bulk(bulk, recipe, dataset) if bulk is not None else ([], [])
+    page = render(
+        "report.html",
         name=dataset.manifest["name"],
         receipts=receipts,
         prepare=results["prepare"].results,
@@ -94,37 +88,16 @@ def _curves(recipe: Recipe, run_id: str) -> str | None:
         axes.grid(alpha=0.3)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
-    return _data_uri(out.getvalue(), "png")
+    return data_uri(out.getvalue(), "png")
 
 
 def _overlays(evaluation: Folder) -> list[str]:
-    return [_data_uri(evaluation.read(e.key), "jpeg") for e in evaluation.list(f"{OVERLAYS}/")]
+    return [data_uri(evaluation.read(e.key), "jpeg") for e in evaluation.list(f"{OVERLAYS}/")]
 
 
-def _bulk_samples(bulk: Receipt, dataset: Dataset) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _bulk(bulk: Receipt, recipe: Recipe, dataset: Dataset) -> tuple[list[Row], list[Row]]:
     """Overlays of a random sample of the images (the same on every call), and the first failures."""
-    target = Folder(bulk.results["target"])
-    table = Output(target).results().select(["key", "uri", "status", "stage", "error", "confidence", "mask_uri"])
-    rows = table.to_pylist()
-    good = [row for row in rows if row["status"] == OK]
-    chosen = random.Random(0).sample(good, min(SAMPLES, len(good)))
-    source = Folder(bulk.results["source"])
-    samples = []
-    for row in sorted(chosen, key=lambda r: r["key"]):
-        try:
-            image = decode_image(source.read(row["key"]))
-            ids = decode_mask(target.read(row["mask_uri"].removeprefix(target.uri + "/")))
-        except (StorageError, ImageError):
-            continue  # the image may be gone by now; the page is only a look
-        picture = Image.fromarray(overlay(image, ids, dataset.colours))
-        picture.thumbnail((SAMPLE_WIDTH, SAMPLE_WIDTH))
-        out = io.BytesIO()
-        picture.save(out, "JPEG", quality=85)
-        samples.append(
-            {"key": row["key"], "confidence": row["confidence"], "picture": _data_uri(out.getvalue(), "jpeg")}
-        )
-    return samples, [row for row in rows if row["status"] != OK][:FAILURES_SHOWN]
-
-
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    config, kind = recipe.segment or SegmentConfig(), bulk.results["input"]
+    target, (source, _) = Folder(bulk.results["target"]), open_source(bulk.results["source"])
+    found = survey_of(Output(target), kind)
+    return sample_pictures(found, source, target, dataset.colours, kind=kind, config=config), found.failures

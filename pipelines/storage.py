@@ -3,7 +3,8 @@
 Any fsspec URI works; `s3://` takes endpoint, keys and region from the usual AWS variables (AWS_ENDPOINT_URL,
 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION), as pyarrow and Ray's storage path do by themselves.
 
-A write is whole or absent: one PUT on an object store, a temporary file and a rename on a local disk.
+A write is whole or absent: one PUT on an object store, a temporary file and a rename on a local disk. On S3 every
+operation survives transient faults (`retries.py`), and what `read` returns is what was stored (`checksums.py`).
 """
 
 from __future__ import annotations
@@ -22,40 +23,13 @@ from typing import IO, Any
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from pipelines.checksums import Checksums
 from pipelines.errors import StorageError, UsageError
+from pipelines.retries import GaveUpError
 
 TEMPORARY = ".repsep-tmp"
 BLOCK_SIZE = 8 * 1024 * 1024
-
-
-def http_session(*args: Any, **kwargs: Any) -> Any:
-    """What aiobotocore sends requests with, but asking for no `100 Continue`.
-
-    NOTE aiohttp waits for that answer without a limit: a PUT to a store that has fallen silent, as a full one does,
-    would hang for ever, whatever the read timeout.
-    """
-    # Imported here, as it takes 0.3 s that a run on local folders need not wait.
-    from aiobotocore.httpsession import AIOHTTPSession
-
-    class WithoutExpect(AIOHTTPSession):  # type: ignore[misc]
-        async def send(self, request: Any) -> Any:
-            request.headers.pop("Expect", None)
-            return await super().send(request)
-
-    return WithoutExpect(*args, **kwargs)
-
-
-# An endpoint that refuses gives up after 4 attempts and 3.5 s on average, one that swallows packets within 27 s.
-S3_OPTIONS: dict[str, Any] = {
-    "use_listings_cache": False,  # another worker may have written since
-    "config_kwargs": {
-        "connect_timeout": 5,
-        "read_timeout": 60,
-        "retries": {"total_max_attempts": 4, "mode": "standard"},
-        "http_session_cls": http_session,
-    },
-}
-S3_ROUNDS = 2  # s3fs repeats all attempts after a silence or a broken answer, 5 times if it may: 20 silent minutes
+NO_STORE = " Is a store running there? Correct AWS_ENDPOINT_URL if it is another."
 
 
 @dataclass(frozen=True)
@@ -74,13 +48,18 @@ class Folder:
         self.uri = absolute_uri(uri).rstrip("/") or "/"
         if self.uri.endswith(":"):
             raise UsageError(f"{uri}: names no folder; write it as in s3://bucket/folder")
+        self.is_s3 = self.uri.startswith(("s3://", "s3a://"))
         with storage_errors(self.uri):
-            options = S3_OPTIONS if self.uri.startswith(("s3://", "s3a://")) else {}
-            self.fs, self.path = url_to_fs(self.uri, **options)
+            if self.is_s3:
+                # Imported here, as it takes 0.5 s that a run on local folders need not wait.
+                from pipelines.patient_s3 import OPTIONS, PatientS3
+
+                self.fs: Any = PatientS3(**OPTIONS)
+                self.path: str = self.fs._strip_protocol(self.uri)
+            else:
+                self.fs, self.path = url_to_fs(self.uri)
         self.local = isinstance(self.fs, LocalFileSystem)
-        self.is_s3 = bool(options)
-        if self.is_s3:
-            self.fs.retries = S3_ROUNDS
+        self._checksums = Checksums()
 
     def __repr__(self) -> str:
         return f"Folder({self.uri!r})"
@@ -96,10 +75,17 @@ class Folder:
         """The same in the filesystem's own form."""
         return f"{self.path}/{self._checked(key)}"
 
-    def read(self, key: str) -> bytes:
-        """The object's bytes. Raises StorageError."""
+    def read(self, key: str, *, etag: str | None = None, size: int | None = None) -> bytes:
+        """The object's bytes. Raises StorageError.
+
+        On S3 they are compared with the ETag that comes with them, and with `etag` and `size` of a listing if given.
+        An object that was replaced since that listing is returned as it is now.
+        """
+        path = self.path_of(key)
         with storage_errors(self.uri_of(key)):
-            data: bytes = self.fs.cat_file(self.path_of(key))
+            if self.is_s3:
+                return self._checksums.read(lambda: self.fs.get_whole(path), etag, size)
+            data: bytes = self.fs.cat_file(path)
             return data
 
     def read_if_present(self, key: str) -> bytes | None:
@@ -118,6 +104,8 @@ class Folder:
             if self.local:
                 temporary = self._write_beside(path, data)
                 os.replace(temporary, path)
+            elif self.is_s3:
+                self.fs.put_whole(path, data)
             else:
                 self.fs.pipe_file(path, data)
 
@@ -135,7 +123,10 @@ class Folder:
                     os.unlink(temporary)
                 return True
             try:
-                self.fs.pipe_file(path, data, mode="create")
+                if self.is_s3:
+                    self.fs.put_whole(path, data, mode="create")
+                else:
+                    self.fs.pipe_file(path, data, mode="create")
             except FileExistsError:
                 pass
             except OSError as error:
@@ -330,12 +321,13 @@ def storage_errors(uri: str) -> Iterator[None]:
         raise
     except ImportError as error:
         raise UsageError(f"{uri}: {error}") from error
+    except GaveUpError as error:
+        raise StorageError(f"{uri}: {error}.{_endpoint_hint(uri)}{NO_STORE if error.unanswered else ''}") from error
     except OSError as error:
         raise StorageError(f"{uri}: {_reason(error)}.{_endpoint_hint(uri)}") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
-            hint = f"{_endpoint_hint(uri)} Is a store running there? Correct AWS_ENDPOINT_URL if it is another."
-            raise StorageError(f"{uri}: {type(error).__name__}: {error}.{hint}") from error
+            raise StorageError(f"{uri}: {type(error).__name__}: {error}.{_endpoint_hint(uri)}{NO_STORE}") from error
         raise
 
 

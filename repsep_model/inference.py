@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,10 +34,10 @@ UPSAMPLE_BYTES = 64 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Segmentation:
-    """Labels (H, W) uint8 and the probability of each label (H, W) float32."""
+    """Labels (H, W) uint8 and the probability of each label (H, W): float32, or uint8 0..255 asked for `as_bytes`."""
 
     labels: UInt8
-    confidence: NDArray[np.float32]
+    confidence: NDArray[Any]
 
 
 @torch.inference_mode()
@@ -49,11 +50,13 @@ def segment_image(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     dtype: torch.dtype = torch.float32,
+    as_bytes: bool = False,
 ) -> Segmentation:
     """Segment one (H, W, 3) uint8 image; over `pixel_budget` pixels by windows of `model.config.window`.
 
     `overlap` is the share of a window that the next one covers again. The probabilities of all `scales` of the image,
-    and with `flip` of their mirror images, are averaged. `dtype` bfloat16 runs the model under autocast.
+    and with `flip` of their mirror images, are averaged. `dtype` bfloat16 runs the model under autocast. `as_bytes`
+    gives the confidence as uint8, probability times 255 rounded, and never holds it as float32 at (H, W).
     """
     if model.training:  # drop path would make every call another
         raise ValueError("the model is in training mode; call model.eval(), or use model.for_inference()")
@@ -69,17 +72,22 @@ def segment_image(
             else:
                 bands = _window_bands(model, view, overlap, dtype)
             views.append(_View(bands, model.config.stride, seen.shape[:2], image.shape[:2], mirrored))
-    return _combine(views, model.config.num_classes, image.shape[0], image.shape[1])
+    return _combine(views, model.config.num_classes, image.shape[0], image.shape[1], as_bytes)
 
 
 @torch.inference_mode()
 def segment_batch(
-    model: Segmentor, images_B3HW: Tensor, *, dtype: torch.dtype = torch.float32
+    model: Segmentor, images_B3HW: Tensor, *, dtype: torch.dtype = torch.float32, as_bytes: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """A batch of one shape -> labels (B, H, W) uint8 and confidence (B, H, W) float32, on the CPU."""
+    """A batch of one shape -> labels (B, H, W) uint8 and confidence (B, H, W), on the CPU.
+
+    The confidence is float32, or with `as_bytes` uint8 as `segment_image` gives it.
+    """
     size = (images_B3HW.shape[2], images_B3HW.shape[3])
     found = [
-        _combine([_View(iter([grid]), model.config.stride, size, size, False)], model.config.num_classes, *size)
+        _combine(
+            [_View(iter([grid]), model.config.stride, size, size, False)], model.config.num_classes, *size, as_bytes
+        )
         for grid in _stride_logits(model, images_B3HW, dtype)
     ]
     labels, confidence = (np.stack([getattr(f, name) for f in found]) for name in ("labels", "confidence"))
@@ -130,10 +138,10 @@ def _scaled(image: UInt8, scale: float) -> UInt8:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def _combine(views: Sequence[_View], num_classes: int, height: int, width: int) -> Segmentation:
+def _combine(views: Sequence[_View], num_classes: int, height: int, width: int, as_bytes: bool) -> Segmentation:
     """Labels of the views' mean probability, a few rows of the image at a time."""
     labels = np.empty((height, width), np.uint8)
-    confidence = np.empty((height, width), np.float32)
+    confidence = np.empty((height, width), np.uint8 if as_bytes else np.float32)
     rows = max(1, UPSAMPLE_BYTES // (4 * num_classes * width))
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
@@ -144,7 +152,9 @@ def _combine(views: Sequence[_View], num_classes: int, height: int, width: int) 
             for view in views[1:]:
                 mean_KRW += _probabilities(view.read(top, bottom))
             best, label = mean_KRW.div_(len(views)).max(dim=0)
-        labels[top:bottom] = label.cpu().numpy()
+        if as_bytes:
+            best = best.mul_(255).round_().to(torch.uint8)
+        labels[top:bottom] = label.to(torch.uint8).cpu().numpy()
         confidence[top:bottom] = best.cpu().numpy()
     return Segmentation(labels, confidence)
 

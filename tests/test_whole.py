@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.commits import Output
+from pipelines.bulk.commits import Output
 from pipelines.storage import Folder
 from repsep_model import SegmentorConfig, build_segmentor, save_segmentor
 from tests.pipelines.conftest import TINY_MODEL
@@ -69,8 +69,6 @@ def test_a_segmentation_killed_half_way_ends_with_one_row_and_the_same_masks(
         "OUT",
         "--model",
         str(model),
-        "--set",
-        "segment.runtime.batch_size=4",
     ]
     reference, target = tmp_path / "reference", tmp_path / "out"
     done = run([str(reference) if a == "OUT" else a for a in command], environment)

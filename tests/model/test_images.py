@@ -5,12 +5,17 @@ Shapes: H x W pixels, K classes.
 
 import io
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.decode import measure
+from repsep_model import images as images_module
+from repsep_model import tiff_bands
+from repsep_model.image_files import TiffFile
 from repsep_model.images import (
     ImageError,
     UInt8,
@@ -22,6 +27,8 @@ from repsep_model.images import (
     overlay,
 )
 from repsep_model.labels import IGNORE_INDEX
+from tests.bad_images import header_only_png
+from tests.image_writers import tiff
 
 COLOURS = [(10, 20, 30), (200, 0, 0), (0, 200, 0), (0, 0, 200), (250, 250, 0)]
 
@@ -58,7 +65,7 @@ def test_decoded_image_is_writable_rgb() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     upright = picture()
     # What a camera stores so that the orientation turns it back to upright, after the EXIF standard.
@@ -74,7 +81,7 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
     data = encoded(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif.tobytes(), **options)
     decoded = decode_image(data)
     assert decoded.shape == upright.shape
@@ -158,11 +165,155 @@ def test_image_over_the_limit_is_refused_before_its_pixels_are_read(monkeypatch:
         decode_image(data, max_pixels=959)
 
 
-def test_what_pillow_takes_for_a_bomb_is_an_image_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = encoded(Image.fromarray(picture(24, 40)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ImageError, match="decompression bomb"):
-        decode_image(data)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"])
+def test_our_limit_holds_above_pillows_own_without_a_warning(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.fromarray(picture(24, 40)), kind)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500 if kind in ("WEBP", "GIF") else 100)  # these ask for twice it
+    assert decode_image(data, max_pixels=960).shape == (24, 40, 3)
+    with pytest.raises(ImageError, match="40 x 24 pixels are over the limit of 959"):
+        decode_image(data, max_pixels=959)
+
+
+@pytest.mark.parametrize("decode", [image_size, decode_mask])
+def test_a_bomb_is_refused_wherever_pixels_would_be_loaded(decode: Any) -> None:
+    with pytest.raises(ImageError, match="30000 x 30000 pixels are over the limit"):
+        decode(header_only_png(30_000, 30_000))
+
+
+def test_programs_that_pillow_would_start_are_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An EPS, whatever it is called, runs Ghostscript."""
+    monkeypatch.setattr("subprocess.check_call", lambda *_args, **_more: pytest.fail("started"))
+    with pytest.raises(ImageError, match="PostScript, which is not taken"):
+        decode_image(encoded(Image.fromarray(picture()), "EPS"))
+
+
+def tiff_kinds() -> dict[str, bytes]:
+    """One of every layout that is split: strips, tiles, one strip, compressions, depths, byte orders."""
+    image = picture(150, 210)
+    sixteen = (image.astype(np.uint16) << 8) + 77
+    kinds = {
+        "strips": tiff(image),
+        "big-endian": tiff(sixteen, order=">"),
+        "deflate": tiff(image, deflate=True),
+        "tiles": tiff(image, tile=32),
+        "deflated tiles": tiff(image, tile=64, deflate=True, order=">"),
+        "BigTIFF": tiff(image, tile=16, big=True),
+        "planes": tiff(image, planar=True),
+        "one strip": tiff(image, rows_per_strip=150),
+        "one strip of 16 bits": tiff(sixteen, rows_per_strip=150),
+        "bits in reverse": tiff(
+            np.packbits(image[..., 0] > 99, axis=1), {256: (4, [210]), 258: (3, [1]), 266: (3, [2])}
+        ),
+        "on its side": tiff(image, {274: (3, [6])}),
+        "on its side, deflated tiles": tiff(image, {274: (3, [7])}, tile=64, deflate=True),
+    }
+    colours = Image.fromarray(image)
+    for mode in ("L", "P", "CMYK", "RGBA", "RGB", "1"):
+        options: dict[str, Any] = {"tiffinfo": {278: 16}}
+        kinds[f"LZW {mode}"] = encoded(colours.convert(mode), "TIFF", compression="tiff_lzw", **options)
+        kinds[f"plain {mode}"] = encoded(colours.convert(mode), "TIFF", **options)
+    kinds["predictor"] = encoded(colours, "TIFF", compression="tiff_lzw", tiffinfo={278: 16, 317: 2})
+    kinds["JPEG"] = encoded(colours, "TIFF", compression="jpeg", tiffinfo={278: 16})
+    kinds["fax"] = encoded(colours.convert("1"), "TIFF", compression="group4", tiffinfo={278: 16})
+    return kinds
+
+
+@pytest.mark.parametrize("kind", tiff_kinds())
+def test_a_tiff_decoded_piece_by_piece_equals_the_same_decoded_whole(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tiff_kinds()[kind]
+    whole = decode_image(data)
+    loaded: list[int] = []
+    load = TiffFile.load
+    monkeypatch.setattr(TiffFile, "load", lambda self: loaded.append(self.height) or load(self))
+    monkeypatch.setattr(images_module, "LARGE", 150 * 210 - 1)
+    monkeypatch.setattr(tiff_bands, "PIECE_PIXELS", 5000)
+    np.testing.assert_array_equal(decode_image(data), whole)
+    assert (max(loaded) < 75) == (kind != "planes"), "the page was decoded in one piece"
+
+
+def test_a_tiff_cut_in_its_last_piece_is_an_image_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images_module, "LARGE", 0)
+    monkeypatch.setattr(tiff_bands, "PIECE_PIXELS", 5000)
+    for data in (tiff(picture(150, 210)), tiff(picture(150, 210), tile=64, deflate=True)):
+        with pytest.raises(ImageError, match="TIFF cannot be decoded"):
+            decode_image(data[:-1])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "RGBA", "LA", "1", "I;16"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_an_image_converted_in_bands_equals_the_same_converted_at_once(
+    mode: str, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = Image.fromarray(picture(50, 70))
+    image = Image.fromarray(picture()[..., 0].astype(np.uint16) * 256) if mode == "I;16" else shown.convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, "TIFF" if mode == "CMYK" else "PNG", exif=exif.tobytes())
+    at_once = decode_image(data)
+    monkeypatch.setattr(images_module, "BAND_PIXELS", 7 * 70)
+    np.testing.assert_array_equal(decode_image(data), at_once)
+
+
+@pytest.mark.parametrize(("kind", "bytes_a_pixel"), [("JPEG", 7), ("TIFF", 6)])
+def test_decoding_a_large_image_peaks_at_pillows_buffer_and_the_result(
+    kind: str, bytes_a_pixel: float, tmp_path: Path
+) -> None:
+    """Pillow's 4 bytes and our 3; a TIFF in strips takes the file, here 3 bytes a pixel, and our 3."""
+    side = 4200
+    assert side * side > images_module.LARGE
+    for name, size in (("small", (8, 8)), ("large", (side, side))):
+        (tmp_path / name).write_bytes(encoded(Image.new("RGB", size, (200, 90, 10)), kind))
+    least = measure(tmp_path / "small")[3]  # 1.5 more for bands: a copy of the whole would be 3
+    assert measure(tmp_path / "large")[3] - least < (bytes_a_pixel + 1.5) * side * side
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("options", [{}, {"restart_marker_blocks": 3}, {"subsampling": 0}])
+def test_a_jpeg_cut_and_ended_properly_is_refused_too(options: dict[str, Any], share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3)).astype(np.uint8)
+    for image in (Image.fromarray(noise), Image.fromarray(noise[..., 0])):
+        data = encoded(image, "JPEG", **options)
+        assert np.abs(decode_image(data).astype(int) - np.array(image.convert("RGB"))).mean() < 80
+        with pytest.raises(ImageError, match="its scan ends before the last pixel"):
+            decode_image(data[: int(len(data) * share)] + b"\xff\xd9")
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_is_grey_in_its_last_corner_is_whole(progressive: bool) -> None:
+    image = picture()
+    image[12:] = 128
+    for shown in (Image.fromarray(image), Image.fromarray(image[..., 0])):
+        for options in ({}, {"restart_marker_blocks": 2}):
+            data = encoded(shown, "JPEG", quality=95, subsampling=0, progressive=progressive, **options)
+            assert (decode_image(data)[-8:] == 128).all()
+            assert (decode_image(data + b"\xff\xd9 more") == decode_image(data)).all()
+
+
+def test_a_changed_byte_in_a_png_is_always_noticed() -> None:
+    data = encoded(Image.fromarray(picture()))
+    whole = decode_image(data)
+    for at in range(41, len(data) - 16):
+        for bit in (1, 128):
+            changed = data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :]
+            with pytest.raises(ImageError):
+                decode_image(changed)
+    np.testing.assert_array_equal(decode_image(data), whole)
+
+
+def test_twelve_bits_keep_the_upper_eight() -> None:
+    values = np.array([[0, 15, 16, 2048, 4095, 4095]], np.uint16)
+    packed = bytes(
+        byte for a, b in values.reshape(-1, 2).tolist() for byte in (a >> 4, (a & 15) << 4 | b >> 8, b & 255)
+    )
+    data = tiff(np.frombuffer(packed, np.uint8)[None], {256: (3, [6]), 258: (3, [12])})
+    assert decode_image(data)[0, :, 0].tolist() == [0, 0, 1, 128, 255, 255]
+
+
+def test_mask_is_turned_as_its_tiff_tag_says() -> None:
+    ids = ids_up_to(200)
+    np.testing.assert_array_equal(decode_mask(tiff(np.rot90(ids, 1), {274: (3, [6])})), ids)
 
 
 @pytest.mark.parametrize("largest", [1, 4, 15, 16, 17, 254, IGNORE_INDEX])

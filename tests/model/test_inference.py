@@ -4,6 +4,7 @@ Shapes: B batch, K classes, H x W pixels, h x w grid at stride s.
 """
 
 import math
+import tracemalloc
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -290,6 +291,40 @@ def test_batch_gives_what_each_image_gives_alone(vit: Segmentor) -> None:
         alone = segment_image(vit, image.permute(1, 2, 0).numpy())
         np.testing.assert_array_equal(label.numpy(), alone.labels)
         np.testing.assert_allclose(share.numpy(), alone.confidence, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"pixel_budget": 0}, {"scales": (0.75, 1.0), "flip": True}])
+def test_confidence_as_bytes_is_the_probability_times_255_rounded(vit: Segmentor, options: dict[str, Any]) -> None:
+    image = colourful(97, 131)
+    exact = segment_image(vit, image, **options)
+    found = segment_image(vit, image, as_bytes=True, **options)
+    assert found.confidence.dtype == np.uint8
+    np.testing.assert_array_equal(found.confidence, np.rint(exact.confidence * 255))
+    np.testing.assert_array_equal(found.labels, exact.labels)
+    assert len(np.unique(found.confidence)) > 20
+
+
+def test_a_batchs_confidence_as_bytes_is_the_probability_times_255_rounded(vit: Segmentor) -> None:
+    images = random_images(3, 64, 96)
+    labels, confidence = segment_batch(vit, images)
+    same_labels, found = segment_batch(vit, images, as_bytes=True)
+    assert found.dtype == torch.uint8
+    torch.testing.assert_close(found.float(), (confidence * 255).round(), rtol=0, atol=0)
+    torch.testing.assert_close(same_labels, labels)
+
+
+def test_confidence_as_bytes_never_exists_as_float_at_the_images_size(
+    vit: Segmentor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference_module, "UPSAMPLE_BYTES", 4 * K * 131 * 5)
+    tracemalloc.start()  # numpy tells it of its arrays; torch's few rows are not counted
+    segment_image(vit, image := picture(970, 1310), pixel_budget=0)
+    as_floats = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    segment_image(vit, image, pixel_budget=0, as_bytes=True)
+    as_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert as_floats - as_bytes > 2.5 * 970 * 1310
 
 
 @pytest.mark.parametrize("budget", [10**9, 0])

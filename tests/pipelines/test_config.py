@@ -33,7 +33,7 @@ def recipe_file(tmp_path: Path) -> Any:
         ("register_: {name: x}", "register_", "register"),
         ("sweep: {trails: 3}", "sweep.trails", "trials"),
         ("sweep: {search: {backbones: [{widht: 8}]}}", "sweep.search.backbones.0.widht", "width"),
-        ("segment: {runtime: {batchsize: 2}}", "segment.runtime.batchsize", "batch_size"),
+        ("segment: {runtime: {modelactors: 2}}", "segment.runtime.modelactors", "model_actors"),
     ],
 )
 def test_an_unknown_key_is_named_in_full_with_the_nearest_one(recipe_file: Any, text: str, key: str, near: str) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
+import io
 import json
 import os
 import signal
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-import pipelines.segment as segment_module
-from pipelines.commits import Output
+from pipelines.bulk import job
+from pipelines.bulk.commits import Output
 from pipelines.config import Recipe, SegmentConfig
 from pipelines.errors import RepsepError, UsageError
-from pipelines.segment import Plan, segment
+from pipelines.segment import segment
 from pipelines.stage import Receipt
 from pipelines.storage import Folder
 from repsep_model.images import decode_mask
@@ -115,9 +118,8 @@ def test_another_model_on_the_same_output_is_refused_until_overwrite(
 
 
 def test_a_dry_run_counts_and_writes_nothing(bucket: str, trained: Receipt, recipe: Recipe, workspace: str) -> None:
-    plan = segment(workspace, asked(recipe, bucket, trained), dry_run=True)
-    assert isinstance(plan, Plan)
-    assert (plan.listed, len(plan.todo), plan.skipped, plan.done) == (9, 9, 1, 0)
+    counts = segment(workspace, asked(recipe, bucket, trained), dry_run=True)
+    assert counts == {"images": 9, "to_do": 9, "done": 0, "failed_before": 0, "skipped": 1}
     assert not list(Folder(f"s3://{bucket}/in").list("labelled"))
 
 
@@ -134,7 +136,7 @@ def test_a_mistyped_source_leaves_the_output_alone_even_with_overwrite(
 
 def test_an_empty_prefix_says_what_was_found(s3: str, trained: Receipt, recipe: Recipe, workspace: str) -> None:
     Folder(f"s3://{s3}/in").write("readme.md", b"nothing here")
-    with pytest.raises(UsageError, match=rf"s3://{s3}/in holds no image \(1 other objects there"):
+    with pytest.raises(UsageError, match=rf"s3://{s3}/in holds no image and no shard \(1 other objects there"):
         segment(workspace, asked(recipe, s3, trained))
 
 
@@ -153,25 +155,133 @@ def test_an_output_that_cannot_be_written_fails_the_job_with_its_uri(
         segment(workspace, asked(recipe, bucket, trained, target="s3://no-such-bucket-here/out"))
 
 
-def test_an_image_that_kills_its_worker_becomes_a_row_and_the_job_ends(
-    bucket: str, trained: Receipt, recipe: Recipe, workspace: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", ["decode", "model"])
+def test_an_image_that_kills_its_process_becomes_a_row_and_the_job_ends(
+    step: str, bucket: str, trained: Receipt, recipe: Recipe, workspace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fault is staged: a decoder that dies on one image takes its whole process with it."""
+    """The fault is staged: a step that dies on one image takes its whole process with it."""
 
     def read_or_die(todo: Any, source: str, config: SegmentConfig) -> Any:
+        from pipelines.bulk.job import _read  # the worker's own
+
         if any("code" in key for key in todo["key"].to_pylist()):
             os.kill(os.getpid(), signal.SIGKILL)
-        return importlib.import_module("pipelines.segment")._read(todo, source, config)  # the worker's own
+        yield from _read(todo, source, config)
 
-    def one_or_die(row: dict[str, Any], *rest: Any) -> Any:
-        if "code" in row["key"]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return importlib.import_module("pipelines.segment")._segment_one(row, *rest)
+    class SegmentOrDie(job.SegmentActor):
+        def __call__(self, images: Any) -> Any:
+            if any("code" in key for key in images["key"].to_pylist()):
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield from super().__call__(images)
 
-    monkeypatch.setattr(segment_module, "_read", read_or_die)
-    monkeypatch.setattr(segment_module, "_segment_one", one_or_die)
-    receipt = run(workspace, asked(recipe, bucket, trained, runtime={"retries": 0, "batch_size": 3}))
+    if step == "decode":
+        monkeypatch.setattr(job, "_read", read_or_die)
+    else:
+        monkeypatch.setattr(job, "SegmentActor", SegmentOrDie)
+    receipt = run(workspace, asked(recipe, bucket, trained))
     assert receipt.results["rows"] == len(rows(bucket)) == 9
     assert receipt.results["failures"] == {"decode": 2, "worker": 1}
     (lost,) = [row for row in rows(bucket) if row["stage"] == "worker"]
     assert lost["key"] == "a/ünïcode 100%+.JPG"
+
+
+def test_parts_side_by_side_make_one_output_and_the_last_one_compacts(
+    bucket: str, trained: Receipt, recipe: Recipe, workspace: str
+) -> None:
+    target = Output(Folder(f"s3://{bucket}/in/labelled"))
+    counts = []
+    for number in (2, 3, 1):
+        assert target.results().num_rows == 0
+        receipt = run(workspace, asked(recipe, bucket, trained, shard=f"{number}/3"))
+        counts.append(receipt.results["images"])
+    assert sum(counts) == len(rows(bucket)) == 9
+    assert sorted(str(row["key"]) for row in rows(bucket)) == sorted({str(row["key"]) for row in rows(bucket)})
+    report = json.loads(target.folder.read("report.json"))
+    assert (report["images"], report["ok"], report["failed"]) == (9, 7, 2)
+    whole = segment(workspace, asked(recipe, bucket, trained), dry_run=True)
+    assert whole == {"images": 9, "to_do": 0, "done": 7, "failed_before": 2, "skipped": 1}
+
+
+@pytest.fixture
+def shards(s3: str, scenes: Path) -> str:
+    """Two shards of three good images each, one of them with a bad image as well, and a tar that was cut short."""
+    folder = Folder(f"s3://{s3}/in")
+    images = [file.read_bytes() for file in sorted((scenes / "unlabelled").rglob("*.jpg"))]
+    table, out = pa.table({"key": ["x", "y", "z"], "image": images[:3], "caption": ["", "", ""]}), io.BytesIO()
+    pq.write_table(table, out)
+    folder.write("a/one.parquet", out.getvalue())
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in {
+            "1.jpg": images[3],
+            "1.json": b"{}",
+            "2.jpg": b"",
+            "3.jpg": images[4],
+            "4.jpg": images[5],
+        }.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    folder.write("two.tar", out.getvalue())
+    folder.write("cut.tar", out.getvalue()[:1500])
+    return s3
+
+
+def test_shards_become_shards_of_masks_in_the_same_order_and_every_image_has_its_row(
+    shards: str, trained: Receipt, recipe: Recipe, workspace: str
+) -> None:
+    receipt = run(workspace, asked(recipe, shards, trained, confidence=True))
+    target = Folder(f"s3://{shards}/in/labelled")
+    by_key = {str(row["key"]): row for row in rows(shards)}
+    assert sorted(by_key) == sorted(
+        [
+            "a/one.parquet#x",
+            "a/one.parquet#y",
+            "a/one.parquet#z",
+            "cut.tar",
+            *(f"two.tar#{i}.jpg" for i in (1, 2, 3, 4)),
+        ]
+    )
+    assert {key: row["stage"] for key, row in by_key.items() if row["status"] == "failed"} == {
+        "cut.tar": "decode",
+        "two.tar#2.jpg": "decode",
+    }
+    assert (receipt.results["input"], receipt.results["images"], receipt.results["ok"]) == ("shards", 3, 6)
+    for shard, names in {"a/one.parquet": ["x", "y", "z"], "two.tar": ["1.jpg", "2.jpg", "3.jpg", "4.jpg"]}.items():
+        masks = pq.read_table(io.BytesIO(target.read(f"masks/{shard}.parquet"))).to_pylist()
+        assert [mask["key"] for mask in masks] == names
+        for mask in masks:
+            row = by_key[f"{shard}#{mask['key']}"]
+            assert (mask["mask"] is None) == (row["status"] == "failed") == (mask["status"] == "failed")
+            assert row["uri"] == f"s3://{shards}/in/{shard}"
+            if mask["mask"] is not None:
+                assert (
+                    decode_mask(mask["mask"]).shape == (row["height"], row["width"]) == (mask["height"], mask["width"])
+                )
+                assert row["mask_uri"] == target.uri_of(f"masks/{shard}.parquet")
+                assert mask["confidence"] is not None
+    again = run(workspace, asked(recipe, shards, trained, confidence=True))
+    assert again.cached
+    retried = run(workspace, asked(recipe, shards, trained, confidence=True, retry_failed=True))
+    assert (retried.results["ok"], retried.results["failed"], retried.results["rows"]) == (3, 2, 8)
+
+
+def test_an_image_has_the_same_mask_in_a_shard_and_alone(
+    shards: str, scenes: Path, trained: Receipt, recipe: Recipe, workspace: str
+) -> None:
+    first = min((scenes / "unlabelled").rglob("*.jpg"))
+    run(workspace, asked(recipe, shards, trained))
+    section = {"source": str(first), "target": f"s3://{shards}/alone", "model": trained.results["model"]}
+    segment(workspace, recipe.model_copy(update={"segment": SegmentConfig.model_validate(section)}))
+    masks = pq.read_table(io.BytesIO(Folder(f"s3://{shards}/in/labelled").read("masks/a/one.parquet.parquet")))
+    assert Folder(f"s3://{shards}/alone").read(f"masks/{first.name}.png") == masks["mask"][0].as_py()
+
+
+def test_images_and_shards_under_one_prefix_have_to_be_told_apart(
+    shards: str, trained: Receipt, recipe: Recipe, workspace: str
+) -> None:
+    Folder(f"s3://{shards}/in").write("one.png", b"")
+    with pytest.raises(UsageError, match=r"segment\.input=images"):
+        segment(workspace, asked(recipe, shards, trained))
+    counts = segment(workspace, asked(recipe, shards, trained, input="images"), dry_run=True)
+    assert counts == {"images": 1, "to_do": 1, "done": 0, "failed_before": 0, "skipped": 3}

@@ -16,7 +16,7 @@ import pyarrow.fs
 import pytest
 import s3fs
 
-from pipelines import storage
+from pipelines import retries
 from pipelines.errors import StorageError, UsageError
 from pipelines.storage import TEMPORARY, Folder, absolute_uri, home
 
@@ -314,9 +314,8 @@ def test_an_endpoint_where_nobody_listens_is_an_error_within_30_s(s3: str, monke
 
 def test_a_store_that_accepts_and_never_answers_is_an_error(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `Expect: 100-continue` a PUT would wait for ever: no timeout runs before the store's permission to go on."""
-    fast = storage.S3_OPTIONS["config_kwargs"] | {"read_timeout": 0.2, "retries": {"total_max_attempts": 1}}
-    monkeypatch.setitem(storage.S3_OPTIONS, "config_kwargs", fast)
-    monkeypatch.setattr(storage, "S3_ROUNDS", 1)
+    monkeypatch.setattr(retries, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(retries, "ATTEMPTS", 2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         s3fs.S3FileSystem.clear_instance_cache()

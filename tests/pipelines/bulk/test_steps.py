@@ -17,19 +17,24 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import segment_steps
-from pipelines.commits import Output
-from pipelines.config import SegmentConfig, TrackingConfig
-from pipelines.errors import RepsepError
-from pipelines.models import fetch_model, load_files
-from pipelines.segment_steps import (
-    LISTED_SCHEMA,
+from pipelines.bulk import model_step, steps
+from pipelines.bulk.commits import Output
+from pipelines.bulk.model_step import SegmentImages
+from pipelines.bulk.steps import (
+    IMAGE_SCHEMA,
+    LABEL_SCHEMA,
     CommitMasks,
     CommitSettings,
     ReadImages,
-    SegmentImages,
-    failed_row,
+    Row,
+    result_row,
+    to_rows,
+    to_table,
 )
+from pipelines.config import SegmentConfig, TrackingConfig
+from pipelines.errors import RepsepError, StorageError
+from pipelines.models import fetch_model, load_files
+from pipelines.retries import GaveUpError
 from pipelines.storage import Folder
 from repsep_model.checkpoint import save_segmentor
 from repsep_model.config import SegmentorConfig
@@ -74,7 +79,7 @@ def pyramid(tmp_path_factory: pytest.TempPathFactory) -> Segmentor:
 @pytest.fixture(autouse=True)
 def loaded_once(model: Segmentor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Building a model takes longer than anything that is tested here."""
-    monkeypatch.setattr(segment_steps, "load_files", lambda files: model)
+    monkeypatch.setattr(model_step, "load_files", lambda files: model)
 
 
 @pytest.fixture
@@ -86,8 +91,18 @@ def config_of(**settings: Any) -> SegmentConfig:
     return SegmentConfig.model_validate({"bf16": False} | settings)
 
 
-def todo(*keys: str) -> pa.Table:
-    return pa.Table.from_pylist([{"key": key, "etag": "v1", "size": 1} for key in keys], schema=LISTED_SCHEMA)
+def todo(*keys: str) -> list[Row]:
+    return [{"n": n, "key": key, "etag": "v1", "size": 1} for n, key in enumerate(keys)]
+
+
+def handed_over(rows: list[Row], schema: pa.Schema, **channels: int) -> list[Row]:
+    """As a table from process to process."""
+    return to_rows(to_table(rows, schema), channels)
+
+
+def segmented(config: SegmentConfig, bucket: Folder, *keys: str) -> list[Row]:
+    read = handed_over(list(ReadImages(bucket.uri, config)(todo(*keys))), IMAGE_SCHEMA, pixels=3)
+    return handed_over(SegmentImages({}, config)(read), LABEL_SCHEMA, labels=1, confidence_map=1)
 
 
 def blocks(number: int, height: int, width: int) -> np.ndarray:
@@ -106,30 +121,26 @@ def segment(bucket: Folder) -> Callable[..., dict[str, dict[str, Any]]]:
     """Reads and segments keys of the bucket; rows by key."""
 
     def run(config: SegmentConfig, *keys: str) -> dict[str, dict[str, Any]]:
-        labels = SegmentImages({}, config)(ReadImages(bucket.uri, config)(todo(*keys)))
-        assert labels["key"].to_pylist() == list(keys), "rows keep their order"
-        return {row["key"]: row for row in labels.to_pylist()}
+        rows = segmented(config, bucket, *keys)
+        assert [row["key"] for row in rows] == list(keys), "rows keep their order"
+        return {row["key"]: row for row in rows}
 
     return run
 
 
 @pytest.fixture
-def bulk(bucket: Folder, tmp_path: Path) -> Callable[..., tuple[Output, pa.Table]]:
+def bulk(bucket: Folder, tmp_path: Path) -> Callable[..., tuple[Output, list[Row]]]:
     """All three steps; the output, compacted, and what the driver is told."""
 
-    def run(config: SegmentConfig, *keys: str) -> tuple[Output, pa.Table]:
+    def run(config: SegmentConfig, *keys: str) -> tuple[Output, list[Row]]:
         target = str(tmp_path / "out")
-        commit = CommitMasks(CommitSettings(bucket.uri, target, COLOURS, config.confidence, "tiny/1"))
-        told = commit(SegmentImages({}, config)(ReadImages(bucket.uri, config)(todo(*keys))))
+        commit = CommitMasks(CommitSettings(bucket.uri, target, COLOURS, config.confidence, "tiny/1", 4))
+        told = commit(segmented(config, bucket, *keys))
         output = Output(Folder(target))
         output.compact()
         return output, told
 
     return run
-
-
-def labels_of(row: dict[str, Any]) -> np.ndarray:
-    return np.frombuffer(row["labels"], np.uint8).reshape(row["height"], row["width"])
 
 
 # ---------------------------------------------------------------- the model
@@ -140,15 +151,14 @@ def labels_of(row: dict[str, Any]) -> np.ndarray:
 def test_a_mask_is_what_segment_image_gives(
     segment: Callable[..., Any], model: Segmentor, bucket: Folder, bf16: bool, height: int, width: int
 ) -> None:
-    config = config_of(bf16=bf16)
+    config = config_of(bf16=bf16, confidence=True)
     data = encoded(blocks(1, height, width))
     bucket.write("a.png", data)
     row = segment(config, "a.png")["a.png"]
     alone = expected(model, data, config)
     assert row["error"] is None
-    assert np.array_equal(labels_of(row), alone.labels)
-    found = np.frombuffer(row["confidence"], np.uint8).reshape(height, width)
-    assert np.array_equal(found, np.rint(alone.confidence * 255))
+    assert np.array_equal(row["labels"], alone.labels)
+    assert np.array_equal(row["confidence_map"], np.rint(alone.confidence * 255))
     assert len(np.unique(alone.labels)) > 1, "a mask of one class would prove little"
 
 
@@ -165,29 +175,29 @@ def test_a_mask_does_not_depend_on_the_images_beside_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if family == "pyramid":
-        monkeypatch.setattr(segment_steps, "load_files", lambda files: pyramid)
-    config = config_of(bf16=bf16, model_batch=model_batch)
+        monkeypatch.setattr(model_step, "load_files", lambda files: pyramid)
+    config = config_of(bf16=bf16, model_batch=model_batch, confidence=True)
     sizes = {"x": (60, 90), "a": (64, 96), "b": (40, 70), "c": (64, 65), "d": (33, 96), "e": (50, 80), "o": (64, 32)}
     for number, (key, size) in enumerate(sizes.items()):
         bucket.write(key, encoded(blocks(number, *size)))
     alone = segment(config, "x")["x"]
     for company in ("xabc", "abcx", "oedcbax", "ex"):  # first, last, in a second batch, with one neighbour
         rows = segment(config, *company)
-        assert rows["x"]["labels"] == alone["labels"], f"another mask in {company}"
-        assert rows["x"]["confidence"] == alone["confidence"], f"another confidence in {company}"
+        assert np.array_equal(rows["x"]["labels"], alone["labels"]), f"another mask in {company}"
+        assert np.array_equal(rows["x"]["confidence_map"], alone["confidence_map"]), f"another confidence in {company}"
 
 
 def test_the_model_is_always_called_with_full_batches(
     segment: Callable[..., Any], bucket: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = []
-    real = segment_steps.segment_batch
+    real = model_step.segment_batch
 
     def recorded(model: Segmentor, images: torch.Tensor, **how: Any) -> Any:
         shapes.append(tuple(images.shape))
         return real(model, images, **how)
 
-    monkeypatch.setattr(segment_steps, "segment_batch", recorded)
+    monkeypatch.setattr(model_step, "segment_batch", recorded)
     for number, size in enumerate([(60, 90), (64, 96), (64, 65), (32, 32)]):
         bucket.write(f"{number}", encoded(blocks(number, *size)))
     segment(config_of(model_batch=2), "0", "1", "2", "3")
@@ -203,9 +213,9 @@ def test_an_image_over_the_pixel_budget_goes_by_windows(
     bucket.write("small", small)
     rows = segment(config, "small", "large")
     whole, windows = (expected(model, large, config, pixel_budget=budget).labels for budget in (10**9, 0))
-    assert np.array_equal(labels_of(rows["large"]), windows)
+    assert np.array_equal(rows["large"]["labels"], windows)
     assert not np.array_equal(whole, windows), "this image would not tell the two apart"
-    assert np.array_equal(labels_of(rows["small"]), expected(model, small, config).labels)
+    assert np.array_equal(rows["small"]["labels"], expected(model, small, config).labels)
 
 
 def test_a_directory_that_holds_no_segmentor_is_refused(directory: Path, tmp_path: Path) -> None:
@@ -233,7 +243,7 @@ BAD: dict[str, tuple[bytes | None, str, str]] = {
 
 
 def test_bad_images_become_failed_rows_with_the_stage_and_the_reason_and_the_good_ones_are_committed(
-    bulk: Callable[..., tuple[Output, pa.Table]], bucket: Folder
+    bulk: Callable[..., tuple[Output, list[Row]]], bucket: Folder
 ) -> None:
     for key, (data, _, _) in BAD.items():
         if data is not None:
@@ -253,13 +263,13 @@ def test_bad_images_become_failed_rows_with_the_stage_and_the_reason_and_the_goo
     for key in ("first.jpg", "last.jpg"):
         assert (rows[key]["status"], rows[key]["stage"], rows[key]["error"]) == ("ok", None, None)
     assert sorted(e.key for e in output.folder.list("masks/")) == ["masks/first.jpg.png", "masks/last.jpg.png"]
-    told_rows = {row["key"]: row for row in told.to_pylist()}
+    told_rows = {row["key"]: row for row in told}
     assert {key: row["status"] for key, row in told_rows.items()} == {k: r["status"] for k, r in rows.items()}
     assert told_rows["empty.png"]["stage"] == "decode"
 
 
 def test_a_batch_of_bad_images_alone_is_committed_too(
-    bulk: Callable[..., tuple[Output, pa.Table]], bucket: Folder
+    bulk: Callable[..., tuple[Output, list[Row]]], bucket: Folder
 ) -> None:
     bucket.write("empty.png", b"")
     output, _ = bulk(config_of(), "empty.png", "gone.jpg")
@@ -267,17 +277,41 @@ def test_a_batch_of_bad_images_alone_is_committed_too(
     assert list(output.folder.list("masks/")) == []
 
 
-def test_an_image_that_the_model_cannot_take_fails_alone(
-    bulk: Callable[..., tuple[Output, pa.Table]], bucket: Folder, monkeypatch: pytest.MonkeyPatch
+def test_an_image_that_a_silent_store_keeps_back_is_left_for_another_round_and_a_row_at_the_end(
+    bucket: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = segment_steps.segment_batch
+    real = Folder.read
+
+    def silent_for_one(folder: Folder, key: str, **more: Any) -> bytes:
+        if key == "kept.jpg":
+            raise StorageError("it was silent") from GaveUpError("every one of 8 attempts failed")
+        return real(folder, key, **more)
+
+    for key in ("here.jpg", "kept.jpg"):
+        bucket.write(key, GOOD)
+    monkeypatch.setattr(Folder, "read", silent_for_one)
+    output = Output(Folder(str(tmp_path / "out")))
+    settings = CommitSettings(bucket.uri, output.folder.uri, COLOURS, False, "tiny/1", 4)
+    told = CommitMasks(settings)(segmented(config_of(), bucket, "here.jpg", "kept.jpg"))
+    assert {row["key"]: row.get("status") for row in told} == {"here.jpg": "ok", "kept.jpg": None}
+    assert output.compact().rows == 1
+    CommitMasks(replace(settings, final=True))(segmented(config_of(), bucket, "kept.jpg"))
+    assert output.compact().rows == 2
+    row = output.results().to_pylist()[1]
+    assert (row["key"], row["status"], row["stage"], row["error"]) == ("kept.jpg", "failed", "read", "it was silent")
+
+
+def test_an_image_that_the_model_cannot_take_fails_alone(
+    bulk: Callable[..., tuple[Output, list[Row]]], bucket: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = model_step.segment_batch
 
     def fails_on_wide(model: Segmentor, images: torch.Tensor, **how: Any) -> Any:
         if images.shape[-1] > 100:
             raise RuntimeError("out of memory")
         return real(model, images, **how)
 
-    monkeypatch.setattr(segment_steps, "segment_batch", fails_on_wide)
+    monkeypatch.setattr(model_step, "segment_batch", fails_on_wide)
     bucket.write("wide.png", encoded(blocks(0, 40, 120)))
     bucket.write("narrow.png", encoded(blocks(0, 40, 60)))
     output, _ = bulk(config_of(), "wide.png", "narrow.png")
@@ -288,15 +322,10 @@ def test_an_image_that_the_model_cannot_take_fails_alone(
 
 def test_an_image_that_no_step_could_finish_has_a_whole_row_as_well(bucket: Folder, tmp_path: Path) -> None:
     output = Output(Folder(str(tmp_path / "out")))
-    found = failed_row(
-        {"key": "killer.jpg", "etag": "v7", "size": 5},
-        source=bucket,
-        model_version="tiny/1",
-        stage="worker",
-        error="its worker process died",
-    )
-    output.commit([found])
-    assert output.compact() == (1, 1)
+    listed = {"key": "killer.jpg", "etag": "v7", "size": 5}
+    output.commit([result_row(listed | {"stage": "worker", "error": "its worker process died"}, bucket, "tiny/1")])
+    totals = output.compact()
+    assert (totals.rows, totals.failed) == (1, 1)
     (row,) = output.results().to_pylist()
     assert (row["key"], row["etag"], row["size"], row["stage"]) == ("killer.jpg", "v7", 5, "worker")
     assert row["uri"] == f"{bucket.uri}/killer.jpg"
@@ -308,7 +337,7 @@ KEYS = ["a/0001.png", "b/0001.png", "ünï 100%.png", "_long/x.png"]
 
 
 def test_rows_say_what_is_in_the_masks(
-    bulk: Callable[..., tuple[Output, pa.Table]], model: Segmentor, bucket: Folder
+    bulk: Callable[..., tuple[Output, list[Row]]], model: Segmentor, bucket: Folder
 ) -> None:
     config = config_of()
     for number, key in enumerate(KEYS):
@@ -334,7 +363,7 @@ def test_rows_say_what_is_in_the_masks(
 
 
 def test_a_mask_is_an_indexed_png_in_the_classes_colours(
-    bulk: Callable[..., tuple[Output, pa.Table]], bucket: Folder
+    bulk: Callable[..., tuple[Output, list[Row]]], bucket: Folder
 ) -> None:
     bucket.write("a.jpg", GOOD)
     output, _ = bulk(config_of(), "a.jpg")
@@ -345,7 +374,7 @@ def test_a_mask_is_an_indexed_png_in_the_classes_colours(
 
 
 def test_confidence_is_written_when_asked_for_only(
-    bulk: Callable[..., tuple[Output, pa.Table]], model: Segmentor, bucket: Folder
+    bulk: Callable[..., tuple[Output, list[Row]]], model: Segmentor, bucket: Folder
 ) -> None:
     bucket.write("a.jpg", GOOD)
     bucket.write("b.jpg", GOOD)
@@ -359,7 +388,7 @@ def test_confidence_is_written_when_asked_for_only(
 
 
 def test_the_same_images_again_give_the_same_bytes(
-    bulk: Callable[..., tuple[Output, pa.Table]], bucket: Folder
+    bulk: Callable[..., tuple[Output, list[Row]]], bucket: Folder
 ) -> None:
     for number, key in enumerate(KEYS):
         bucket.write(key, encoded(blocks(number, 40 + number, 60)))
@@ -368,3 +397,22 @@ def test_the_same_images_again_give_the_same_bytes(
     output, _ = bulk(config_of(model_batch=4), *reversed(KEYS))
     assert {e.key: output.folder.read(e.key) for e in output.folder.list("masks/")} == first
     assert output.results().num_rows == len(KEYS)
+
+
+def test_a_large_image_is_decoded_by_the_model_s_step_and_gets_the_same_mask(
+    segment: Callable[..., Any], model: Segmentor, bucket: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(pixel_budget=1024)
+    data = encoded(blocks(1, 100, 150))
+    bucket.write("large.png", data)
+    monkeypatch.setattr(steps, "LARGE_PIXELS", 10_000)
+    (read,) = ReadImages(bucket.uri, config)(todo("large.png"))
+    assert (read["pixels"], read["error"]) == (None, None)
+    fresh = dict(read)
+    (found,) = SegmentImages({}, config, read=lambda row: steps.decode(row, lambda: data, 10**9))([read])
+    assert np.array_equal(found["labels"], expected(model, data, config, pixel_budget=0).labels)
+    assert (found["height"], found["width"]) == (100, 150)
+    (broken,) = SegmentImages({}, config, read=lambda row: steps.decode(row, lambda: data[: len(data) // 2], 10**9))(
+        [fresh]
+    )
+    assert (broken["stage"], broken["labels"]) == ("decode", None)
