@@ -118,6 +118,6 @@ class SegmentImages:
         for i, image in enumerate(images):
             batch[i] = canvas(image, canvas_multiple(self.model), fill_colour(self.model))
         tensor = torch.from_numpy(batch).permute(0, 3, 1, 2)
-        labels, confidence = segment_batch(self.model, tensor, dtype=self.dtype, as_bytes=True)
-        sizes = [image.shape[:2] for image in images]
-        return [(labels[i, :h, :w].numpy(), confidence[i, :h, :w].numpy()) for i, (h, w) in enumerate(sizes)]
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        found = segment_batch(self.model, tensor, sizes, dtype=self.dtype, as_bytes=True)
+        return [(f.labels, f.confidence) for f in found]

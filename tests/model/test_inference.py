@@ -261,12 +261,12 @@ def test_labels_at_odd_sizes_are_those_of_the_models_own_logits(vit: Segmentor, 
 
 
 def test_logits_of_the_whole_image_are_never_held(vit: Segmentor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference_module, "UPSAMPLE_BYTES", 4 * K * 131 * 5)
+    monkeypatch.setattr(inference_module, "UPSAMPLE_BYTES", {"cpu": 4 * K * 131 * 5})
     sizes: list[int] = []
     reader = _View.read
     monkeypatch.setattr(_View, "read", lambda self, *rows: sizes.append((out := reader(self, *rows)).shape[1]) or out)
     segment_image(vit, picture(97, 131))
-    segment_batch(vit, random_images(1, 96, 131))
+    segment_batch(vit, random_images(1, 96, 131), [(96, 131)])
     assert max(sizes) == 5
     assert sum(sizes) == 97 + 96
 
@@ -285,12 +285,21 @@ def test_window_starts_cover_everything_and_overlap_as_asked(length: int, cells:
 
 def test_batch_gives_what_each_image_gives_alone(vit: Segmentor) -> None:
     images = random_images(3, 64, 96)
-    labels, confidence = segment_batch(vit, images)
-    assert (labels.dtype, confidence.dtype) == (torch.uint8, torch.float32)
-    for image, label, share in zip(images, labels, confidence, strict=True):
+    batch = segment_batch(vit, images, [(64, 96)] * 3)
+    for image, found in zip(images, batch, strict=True):
         alone = segment_image(vit, image.permute(1, 2, 0).numpy())
-        np.testing.assert_array_equal(label.numpy(), alone.labels)
-        np.testing.assert_allclose(share.numpy(), alone.confidence, rtol=1e-5)
+        assert (found.labels.dtype, found.confidence.dtype) == (np.uint8, np.float32)
+        np.testing.assert_array_equal(found.labels, alone.labels)
+        np.testing.assert_allclose(found.confidence, alone.confidence, rtol=1e-5)
+
+
+def test_of_a_canvas_only_the_image_itself_is_given_and_nothing_of_blanks(vit: Segmentor) -> None:
+    images = random_images(4, 64, 96)
+    whole = segment_batch(vit, images, [(64, 96)] * 4)
+    parts = segment_batch(vit, images, [(50, 96), (64, 70)])
+    assert [part.labels.shape for part in parts] == [(50, 96), (64, 70)]
+    for part, (height, width), full in zip(parts, [(50, 96), (64, 70)], whole, strict=False):
+        np.testing.assert_array_equal(part.labels, full.labels[:height, :width])
 
 
 @pytest.mark.parametrize("options", [{}, {"pixel_budget": 0}, {"scales": (0.75, 1.0), "flip": True}])
@@ -306,17 +315,19 @@ def test_confidence_as_bytes_is_the_probability_times_255_rounded(vit: Segmentor
 
 def test_a_batchs_confidence_as_bytes_is_the_probability_times_255_rounded(vit: Segmentor) -> None:
     images = random_images(3, 64, 96)
-    labels, confidence = segment_batch(vit, images)
-    same_labels, found = segment_batch(vit, images, as_bytes=True)
-    assert found.dtype == torch.uint8
-    torch.testing.assert_close(found.float(), (confidence * 255).round(), rtol=0, atol=0)
-    torch.testing.assert_close(same_labels, labels)
+    sizes = [(64, 96)] * 3
+    for exact, found in zip(
+        segment_batch(vit, images, sizes), segment_batch(vit, images, sizes, as_bytes=True), strict=True
+    ):
+        assert found.confidence.dtype == np.uint8
+        np.testing.assert_array_equal(found.confidence, np.rint(exact.confidence * 255))
+        np.testing.assert_array_equal(found.labels, exact.labels)
 
 
 def test_confidence_as_bytes_never_exists_as_float_at_the_images_size(
     vit: Segmentor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference_module, "UPSAMPLE_BYTES", 4 * K * 131 * 5)
+    monkeypatch.setattr(inference_module, "UPSAMPLE_BYTES", {"cpu": 4 * K * 131 * 5})
     tracemalloc.start()  # numpy tells it of its arrays; torch's few rows are not counted
     segment_image(vit, image := picture(970, 1310), pixel_budget=0)
     as_floats = tracemalloc.get_traced_memory()[1]

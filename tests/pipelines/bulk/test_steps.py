@@ -193,9 +193,9 @@ def test_the_model_is_always_called_with_full_batches(
     shapes = []
     real = model_step.segment_batch
 
-    def recorded(model: Segmentor, images: torch.Tensor, **how: Any) -> Any:
+    def recorded(model: Segmentor, images: torch.Tensor, sizes: Any, **how: Any) -> Any:
         shapes.append(tuple(images.shape))
-        return real(model, images, **how)
+        return real(model, images, sizes, **how)
 
     monkeypatch.setattr(model_step, "segment_batch", recorded)
     for number, size in enumerate([(60, 90), (64, 96), (64, 65), (32, 32)]):
@@ -306,10 +306,10 @@ def test_an_image_that_the_model_cannot_take_fails_alone(
 ) -> None:
     real = model_step.segment_batch
 
-    def fails_on_wide(model: Segmentor, images: torch.Tensor, **how: Any) -> Any:
+    def fails_on_wide(model: Segmentor, images: torch.Tensor, sizes: Any, **how: Any) -> Any:
         if images.shape[-1] > 100:
             raise RuntimeError("out of memory")
-        return real(model, images, **how)
+        return real(model, images, sizes, **how)
 
     monkeypatch.setattr(model_step, "segment_batch", fails_on_wide)
     bucket.write("wide.png", encoded(blocks(0, 40, 120)))
