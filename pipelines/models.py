@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipelines import tracking
 from pipelines.config import TrackingConfig
 from pipelines.errors import RepsepError, UsageError
 from pipelines.storage import Folder
-from repsep_model.checkpoint import CLASSES, SETTINGS, WEIGHTS, load_segmentor
-from repsep_model.pretrained import CheckpointError
-from repsep_model.segmentor import Segmentor
 
-FILES = (WEIGHTS, SETTINGS, CLASSES)
+if TYPE_CHECKING:
+    from repsep_model.segmentor import Segmentor
+
+FILES = ("model.safetensors", "segmentor.json", "classes.json")  # checkpoint.py has them too, but loads torch
 REGISTERED = re.compile(r"^models:/([^/@]+)(?:@([^/@]+)|/(\d+))$")
 
 
@@ -30,6 +32,12 @@ class FetchedModel:
     uri: str
     version: str
     digest: str
+
+    @property
+    def classes(self) -> dict[str, Any]:
+        """The content of classes.json."""
+        found: dict[str, Any] = json.loads((self.directory / FILES[2]).read_text())
+        return found
 
     def files(self) -> dict[str, bytes]:
         """Its files' contents: what goes through Ray's object store to workers."""
@@ -75,7 +83,11 @@ def digest_of_files(files: Mapping[str, bytes]) -> str:
 
 
 def load_files(files: Mapping[str, bytes]) -> Segmentor:
-    """The segmentor of `FetchedModel.files`, in a worker."""
+    """The segmentor of `FetchedModel.files`, in a worker. Raises RepsepError."""
+    # Imported here: torch takes 3 s, which a driver that only hands the files on need not wait.
+    from repsep_model.checkpoint import load_segmentor
+    from repsep_model.pretrained import CheckpointError
+
     with tempfile.TemporaryDirectory(prefix="repsep-model-") as temporary:
         for name, data in files.items():
             (Path(temporary) / name).write_bytes(data)

@@ -25,7 +25,6 @@ from pipelines.models import FetchedModel, fetch_model
 from pipelines.progress import say
 from pipelines.stage import Receipt, StageRun, run_stage
 from pipelines.storage import Folder, absolute_uri
-from repsep_model.checkpoint import load_classes
 
 PACKAGES = ("pipelines", "repsep_model")
 # These do not decide what the output is in the end.
@@ -68,7 +67,7 @@ def segment(workspace: str, recipe: Recipe, *, dry_run: bool = False) -> Receipt
             }
             if dry_run:
                 return counts
-            output.claim(identity, load_classes(model.directory), overwrite=config.overwrite)
+            output.claim(identity, model.classes, overwrite=config.overwrite)
             return run_stage(
                 "segment",
                 workspace=workspace,
@@ -109,7 +108,7 @@ def _segment(
         f"segment: {plan.listed} {plan.kind} in {source.uri}, {plan.done} done before, {plan.skipped} other objects; "
         f"{plan.todo} to do"
     )
-    classes = load_classes(model.directory)
+    classes = model.classes
     tally, began = Tally(), time.monotonic()
     if plan.todo:
         colours = tuple(tuple(c["color"]) for c in sorted(classes["classes"], key=lambda c: c["id"]))

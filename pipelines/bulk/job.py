@@ -157,8 +157,12 @@ class SegmentJob:
     def _images(self, alone: bool) -> Any:
         read = functools.partial(_read, source=self.source.uri, config=self.config)
         commit = functools.partial(_commit, settings=replace(self.settings, final=alone))
-        # Reading and writing wait for the store half of the time; without GPUs they share the cores with the model.
+        # Reading and writing wait for the store half of the time; without GPUs they share the cores with the model, and
+        # more processes of them would cost more to start than they do.
         task: dict[str, Any] = {"num_cpus": 0.5 if self._use_gpu() else 0.25, "max_retries": 0}
+        if not self._use_gpu():
+            cpus = int(ray.cluster_resources().get("CPU", 1))
+            task["compute"] = ray.data.TaskPoolStrategy(size=max(1, cpus // 2))
         data = self._dataset(alone).map_batches(read, batch_size=None, batch_format="pyarrow", **task)
         options = self._actor_options(alone, cpus=1.0 if self._use_gpu() else 0.5)
         data = data.map_batches(

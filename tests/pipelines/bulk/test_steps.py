@@ -33,9 +33,10 @@ from pipelines.bulk.steps import (
 )
 from pipelines.config import SegmentConfig, TrackingConfig
 from pipelines.errors import RepsepError, StorageError
-from pipelines.models import fetch_model, load_files
+from pipelines.models import FILES, fetch_model, load_files
 from pipelines.retries import GaveUpError
 from pipelines.storage import Folder
+from repsep_model import checkpoint
 from repsep_model.checkpoint import save_segmentor
 from repsep_model.config import SegmentorConfig
 from repsep_model.images import decode_image, decode_mask
@@ -416,3 +417,7 @@ def test_a_large_image_is_decoded_by_the_model_s_step_and_gets_the_same_mask(
         [fresh]
     )
     assert (broken["stage"], broken["labels"]) == ("decode", None)
+
+
+def test_the_files_that_are_handed_on_are_those_that_are_saved() -> None:
+    assert FILES == (checkpoint.WEIGHTS, checkpoint.SETTINGS, checkpoint.CLASSES)
