@@ -186,8 +186,8 @@ class SegmentJob:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         # Ray 2.60 deprecates every way to give a task's options and names no other yet.
         warnings.filterwarnings("ignore", message="`ray_remote_args", category=RayDeprecationWarning)
-        # A round of images that die while they are read leaves the model without any: no reason to warn.
-        warnings.filterwarnings("ignore", message="The minimum number of concurrent actors", category=UserWarning)
+        # A round of images that die while they are read leaves the steps behind without any: no reason to warn.
+        warnings.filterwarnings("ignore", message="The m..imum number of concurrent", category=UserWarning)
         return ray.data.from_arrow_refs(self._blocks(alone))
 
     def _use_gpu(self) -> bool:
