@@ -1,6 +1,6 @@
 """What does `repsep segment` cost over doing the same by hand? Four ways over the same images on a real S3 endpoint.
 
-    python benchmarks/segment.py [--images 1000] [--endpoint URL] [--only vit|conv] [--ways a,b,c,d]
+    python -m benchmarks.segment [--images 1000] [--endpoint URL] [--only vit|conv] [--ways a,b,c,d]
 
     a  repsep segment
     b  a plain loop in one process: read with s3fs, decode, model, encode, PUT
@@ -21,35 +21,23 @@ import io
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.meter import Meter
+from benchmarks.s3_endpoint import SETUP, endpoint
+
 SIZES = ((512, 512), (480, 640), (384, 512), (512, 683), (600, 450), (360, 480), (512, 384), (640, 640))  # H, W
 LEFT_OUT = 50
 COLOURS = [[37 * i % 256, 91 * i % 256, 53 * i % 256] for i in range(19)]
 CLASSES = [{"id": i, "name": f"class {i}", "color": colour} for i, colour in enumerate(COLOURS)]
-SETUP = {
-    "OMP_WAIT_POLICY": "passive",
-    "OMP_NUM_THREADS": "1",
-    "RAY_ADDRESS": "local",
-    "AWS_REGION": "us-east-1",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-    "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-    "PYTHONPATH": str(ROOT),
-}
 
 
 # --- the four ways ---------------------------------------------------------------------------------------------------
@@ -203,72 +191,6 @@ WAYS = {
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-class Meter:
-    """CPU seconds and memory of a process and all below it, ten times a second."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid, self.stopped = pid, threading.Event()
-        self.samples: list[float] = []
-        self.ended: dict[int, float] = {}
-        self.last: dict[int, float] = {}
-        self.peak = 0
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def _run(self) -> None:
-        for turn in range(10**9):
-            tree = _tree(self.pid)
-            now = {pid: _cpu_seconds(pid) for pid in tree}
-            for pid, spent in self.last.items():
-                if pid not in now:
-                    self.ended[pid] = spent  # what a process had used when it was last seen
-            self.last = now
-            self.samples.append(sum(now.values()) + sum(self.ended.values()))
-            if turn % 10 == 0:
-                self.peak = max(self.peak, sum(_memory(pid) for pid in tree))
-            if self.stopped.wait(0.1):
-                return
-
-    def stop(self) -> None:
-        self.stopped.set()
-        self.thread.join()
-
-
-def _tree(root: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    found, waiting = [], [root]
-    while waiting:
-        pid = waiting.pop()
-        found.append(pid)
-        waiting += children.get(pid, [])
-    return found
-
-
-def _cpu_seconds(pid: int) -> float:
-    """Of the process itself: its children are counted by themselves."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _memory(pid: int) -> int:
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
-
-
 def measure(way: str, bucket: str, model: str, count: int) -> dict[str, Any]:
     """What `count` images take more than the first few do: two runs, so that nobody's start or end counts."""
     few, all_of_them = (run(way, f"s3://{bucket}/{part}", bucket, model) for part in ("few", "in"))
@@ -344,31 +266,6 @@ def write_model(folder: Path) -> str:
     classes = {"classes": CLASSES, "ignore_index": 255}
     save_segmentor(model, folder / "vit", classes=classes)
     return str(folder / "vit")
-
-
-@contextmanager
-def endpoint(given: str | None) -> Iterator[None]:
-    """The AWS variables for the endpoint given, or for one of our own."""
-    os.environ.update(SETUP)
-    if given is not None:
-        os.environ["AWS_ENDPOINT_URL"] = given
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="ceph-") as folder:
-        listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-        rgw, mon = (str(listener.getsockname()[1]) for listener in listeners)
-        for listener in listeners:
-            listener.close()
-        script, ports = ["bash", str(ROOT / "infra/dev/ceph-rgw.sh")], {"RGW_PORT": rgw, "MON_PORT": mon}
-        started = subprocess.run(
-            [*script, "start", folder], env=os.environ | ports, capture_output=True, text=True, check=True
-        )
-        _, url, key, secret = started.stdout.splitlines()[-1].split()
-        os.environ |= {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
-        try:
-            yield
-        finally:
-            subprocess.run([*script, "stop", folder], env=os.environ | ports, capture_output=True, check=True)
 
 
 GOALS = {"vit": 0.90, "conv": 0.50}

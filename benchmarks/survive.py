@@ -35,7 +35,7 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.segment import endpoint
+from benchmarks.s3_endpoint import endpoint
 from pipelines import segment as segment_stage
 from pipelines.bulk import job
 from pipelines.bulk.commits import OK, Output

@@ -11,6 +11,7 @@ has had too many faults in all, which during an outage is at once, and neither c
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 from collections import Counter
@@ -72,26 +73,23 @@ def seconds_for(size: int) -> float:
 
 async def repeated(attempt: Callable[[], Awaitable[Answer]]) -> Answer:
     """The answer of the first attempt that meets no transient fault. Raises GaveUpError, or what is not transient."""
-    try:
-        return await attempt()
-    except Exception as error:
-        if not is_transient(error):
-            raise
-        last = error
-    began, faults, made = time.monotonic(), Counter([in_words(last)]), 1
-    for pause in pauses():
-        await asyncio.sleep(pause)
-        made += 1
+    faults: Counter[str] = Counter()
+    for pause in itertools.chain((None,), pauses()):  # whose patience begins when the first attempt has failed
+        if pause is not None:
+            await asyncio.sleep(pause)
         try:
             return await attempt()
         except Exception as error:
             if not is_transient(error):
                 raise
             last = error
-            faults[in_words(error)] += 1
+        if not faults:
+            began = time.monotonic()
+        faults[in_words(last)] += 1
     kinds = ", ".join(f"{count} x {kind}" for kind, count in faults.most_common())
     raise GaveUpError(
-        f"every one of {made} attempts failed, the last {time.monotonic() - began:.1f} s after the first ({kinds})",
+        f"every one of {faults.total()} attempts failed, the last {time.monotonic() - began:.1f} s after the first "
+        f"({kinds})",
         unanswered=_store_answer(last) is None,
     ) from last
 

@@ -49,7 +49,8 @@ def segment(workspace: str, recipe: Recipe, *, dry_run: bool = False) -> Receipt
     source, only, target = _folders(config)
     if config.overwrite and config.shard is not None:
         raise UsageError(
-            "--overwrite with --shard: each of the jobs would remove the others' masks; clear it once before"
+            "--overwrite with --shard: each of the jobs would remove the others' masks; give them all a new target "
+            "prefix instead"
         )
     model_uri = config.model or f"models:/{recipe.register_.name}@champion"
     with fetch_model(model_uri, recipe.tracking) as model:

@@ -237,23 +237,14 @@ class Folder:
 
     def _list_local(self, prefix: str) -> Iterator[Entry]:
         # NOTE fsspec's find() leaves out folders that may not be read and takes a linked folder for a file.
-        found: dict[str, os.stat_result] = {}
+        found: list[Entry] = []
         for folder, _, names in os.walk(self.path, onerror=self._onerror, followlinks=True):
             for name in names:
                 path = os.path.join(folder, name)
                 key = os.path.relpath(path, self.path)
-                if not key.startswith(prefix) or name.startswith(TEMPORARY):
-                    continue
-                try:
-                    status = os.stat(path)
-                except FileNotFoundError:
-                    if os.path.islink(path):
-                        raise StorageError(f"{path}: this link leads nowhere; mend it or remove it.") from None
-                    continue  # deleted meanwhile
-                if stat.S_ISREG(status.st_mode):
-                    found[key] = status
-        for key in sorted(found):
-            yield Entry(key, found[key].st_size, f"{found[key].st_size}-{found[key].st_mtime_ns}")
+                if key.startswith(prefix) and (entry := local_entry(path, key)) is not None:
+                    found.append(entry)
+        yield from sorted(found, key=lambda entry: entry.key)
 
     def _onerror(self, error: OSError) -> None:
         if not isinstance(error, FileNotFoundError) or error.filename == self.path:
@@ -267,6 +258,24 @@ class Folder:
             key = path[len(self.path) :].lstrip("/")
             if key.startswith(prefix):
                 yield Entry(key, int(found[path]["size"]), _etag(found[path]))
+
+
+def local_entry(path: str, key: str) -> Entry | None:
+    """The entry of a local file; None for an unfinished write, a file deleted meanwhile and what is no regular file.
+
+    Raises StorageError for a link that leads nowhere.
+    """
+    if os.path.basename(path).startswith(TEMPORARY):
+        return None
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise StorageError(f"{path}: this link leads nowhere; mend it or remove it.") from None
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return Entry(key, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
 
 
 def home() -> Path:

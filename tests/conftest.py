@@ -1,12 +1,14 @@
 """Stores and data that several tests share.
 
-    scenes       a small generated data set in a local folder
-    s3           a fresh bucket on moto, an S3 server in memory that starts within seconds and checks no keys
-    ceph_bucket  a fresh bucket on Ceph RGW, a real S3 store (infra/dev/ceph-rgw.sh); skipped where it is not installed
+    scenes         a small generated data set in a local folder
+    s3             a fresh bucket on moto, an S3 server in memory that starts within seconds and checks no keys
+    ceph_bucket    a fresh bucket on Ceph RGW, a real S3 store (infra/dev/ceph-rgw.sh); skipped where there is none
+    partly_closed  a local folder with one that may not be read
 
 Both buckets come with the AWS variables that lead there; `moto_server` and `ceph` are the stores themselves.
 """
 
+import errno
 import http.client
 import os
 import secrets
@@ -14,10 +16,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -116,6 +120,37 @@ def ceph_bucket(ceph: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     use(ceph, monkeypatch)
     yield make_bucket()
     forget_clients()
+
+
+@pytest.fixture
+def partly_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with `a/key` and `closed/key`, of which `closed` may not be listed."""
+    for name in ("a", "closed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "key").write_bytes(b"")
+    scandir = os.scandir
+
+    def guarded(path: str) -> Any:  # root may read everything, whatever the mode says
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    return tmp_path
+
+
+def one_of_eight_creates(folder: Any, key: str) -> None:
+    """Of eight writers that create the object of a `Folder` at once, exactly one wins, and its content is there."""
+    start = threading.Barrier(8)
+
+    def create(writer: int) -> bool:
+        start.wait(timeout=30)
+        return bool(folder.create(key, b"writer %d" % writer))
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(create, range(8)))
+    assert won.count(True) == 1
+    assert folder.read(key) == b"writer %d" % won.index(True)
 
 
 def use(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

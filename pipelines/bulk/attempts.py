@@ -1,7 +1,8 @@
 """Which of several attempts at one object counts, and what is committed of a million objects, in a few bytes for each.
 
 An *object* is an image or a shard, known by its URI; its *version* is its etag; an *attempt* is all rows of one version
-in one file, one for an image and many for a shard. An attempt has failed if any of its rows has.
+in one file, one for an image and many for a shard. An attempt has failed if any of its rows has; it is empty if all
+have: then it has put no masks.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ class Attempts:
 
     uri: pa.Array
     etag: pa.Array
-    failed: Flags
+    empty: Flags
     finished_at: Int64
     of_row: NDArray[np.int32]
 
     def __len__(self) -> int:
-        return len(self.failed)
+        return len(self.empty)
 
 
 def attempts_of(rows: pa.Table) -> Attempts:
@@ -45,34 +46,35 @@ def attempts_of(rows: pa.Table) -> Attempts:
     versions = pc.binary_join_element_wise(uri, etag, "\0").dictionary_encode()
     of_row = versions.indices.to_numpy(zero_copy_only=False)
     count = len(versions.dictionary)
-    failed = np.zeros(count, np.bool_)
-    failed[of_row[pc.not_equal(rows["status"], OK).to_numpy()]] = True
+    empty = np.ones(count, np.bool_)
+    empty[of_row[pc.equal(rows["status"], OK).to_numpy()]] = False
     finished_at = np.full(count, np.iinfo(np.int64).min)
     np.maximum.at(finished_at, of_row, rows["finished_at"].cast(pa.int64()).to_numpy())
     if count < len(of_row):
         first = pa.array(np.unique(of_row, return_index=True)[1])
         uri, etag = uri.take(first), etag.take(first)
-    return Attempts(uri, etag, failed, finished_at, of_row)
+    return Attempts(uri, etag, empty, finished_at, of_row)
 
 
-def settle(objects: NDArray[Any], versions: NDArray[Any], failed: Flags, finished_at: Int64) -> Int64:
+def settle(objects: NDArray[Any], versions: NDArray[Any], empty: Flags, finished_at: Int64) -> Int64:
     """For each object the index of the attempt that counts; all arguments (N,), objects and versions as numbers.
 
     The newest attempt says which version it is. Of that version, only attempts since another version was there count:
-    the mask of an earlier one has been overwritten. One without failures beats one with failures, then the newer wins;
-    of attempts at the same moment, the last in the arrays.
+    the mask of an earlier one has been overwritten. Of these the newest that is not empty counts, failures in it or
+    not: the masks there are its own. Where all are empty, the newest; of attempts at the same moment, one that is not
+    empty, then the last in the arrays.
     """
     if len(objects) == 0:
         return np.zeros(0, np.int64)
-    order = np.lexsort((versions, ~failed, finished_at, objects))
-    objects, versions, failed = objects[order], versions[order], failed[order]
+    order = np.lexsort((versions, ~empty, finished_at, objects))
+    objects, versions, empty = objects[order], versions[order], empty[order]
     index = np.arange(len(order))
     starts = np.flatnonzero(np.concatenate([[True], objects[1:] != objects[:-1]]))
     last = np.append(starts[1:], len(order)) - 1
     group = np.repeat(np.arange(len(starts)), last - starts + 1)
     other = np.maximum.reduceat(np.where(versions != versions[last][group], index, -1), starts)
-    good = np.maximum.reduceat(np.where((index > other[group]) & ~failed, index, -1), starts)
-    return order[np.where(good >= 0, good, last)]
+    full = np.maximum.reduceat(np.where((index > other[group]) & ~empty, index, -1), starts)
+    return order[np.where(full >= 0, full, last)]
 
 
 def hashes(texts: Sequence[str]) -> UInt64:
@@ -87,11 +89,12 @@ def uri_hashes(attempts: Attempts) -> UInt64:
 
 
 class Hashed(NamedTuple):
-    """The attempts of one file without their texts: 25 bytes for each."""
+    """The attempts of one file without their texts: 26 bytes for each."""
 
     uri: UInt64
     version: UInt64
     failed: Flags
+    empty: Flags
     finished_at: Int64
 
 
@@ -108,11 +111,12 @@ def hashed(batches: Iterable[pa.RecordBatch]) -> Hashed:
     uri, version, failed, finished_at = (_joined(*both) for both in zip(columns, types, strict=True))
     _, first, of_row = np.unique(version, return_index=True, return_inverse=True)
     if len(first) == len(version):
-        return Hashed(uri, version, failed, finished_at)
-    newest, any_failed = finished_at[first], np.zeros(len(first), np.bool_)
+        return Hashed(uri, version, failed, failed, finished_at)
+    newest, any_failed, all_failed = finished_at[first], np.zeros(len(first), np.bool_), np.ones(len(first), np.bool_)
     np.maximum.at(newest, of_row, finished_at)
     any_failed[of_row[failed]] = True
-    return Hashed(uri[first], version[first], any_failed, newest)
+    all_failed[of_row[~failed]] = False
+    return Hashed(uri[first], version[first], any_failed, all_failed, newest)
 
 
 class Committed:
@@ -124,12 +128,12 @@ class Committed:
 
     def __init__(self, attempts: Iterable[Hashed] = ()) -> None:
         """Takes the attempts one file at a time."""
-        columns: list[list[NDArray[Any]]] = [[], [], [], []]
+        columns: list[list[NDArray[Any]]] = [[], [], [], [], []]
         for found in attempts:
             for column, values in zip(columns, found, strict=True):
                 column.append(values)
-        types = (np.uint64, np.uint64, np.bool_, np.int64)
-        uri, version, failed, finished_at = (_joined(*both) for both in zip(columns, types, strict=True))
+        types = (np.uint64, np.uint64, np.bool_, np.bool_, np.int64)
+        uri, version, failed, empty, finished_at = (_joined(*both) for both in zip(columns, types, strict=True))
         order = np.argsort(uri)
         states: list[tuple[UInt64, UInt64, Flags]] = []
         start = 0
@@ -138,10 +142,10 @@ class Committed:
             while stop < len(order) and uri[order[stop]] == uri[order[stop - 1]]:
                 stop += 1  # an object's attempts stay together
             some = np.sort(order[start:stop])
-            some = some[settle(uri[some], version[some], failed[some], finished_at[some])]
+            some = some[settle(uri[some], version[some], empty[some], finished_at[some])]
             states.append((version[some], uri[some], ~failed[some]))
             start = stop
-        del uri, version, failed, finished_at, order
+        del uri, version, failed, empty, finished_at, order
         versions, uris, ok = ([s[i] for s in states] for i in range(3))
         del states
         self._version = _joined(versions, np.uint64)

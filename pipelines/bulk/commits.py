@@ -1,16 +1,21 @@
 """What a bulk output holds and how it is committed: masks first, then rows, then compacted tables.
 
-    run.json                    whose output this is; written first, by conditional PUT
+    run.json                    whose output this is; written first, by conditional PUT, with a random `generation`
     classes.json                the palette and the names
     masks/<key>.png             one for each image, written before its row; masks/<shard>.parquet for a shard's images
-    _commits/<hash>.parquet     rows of a batch, at least once; named by the hash of its keys, etags and states, or,
-                                where several were merged into one, by the hash of their names
+    _commits/<hash>.parquet     rows of a batch, at least once; named by the hash of generation, keys, etags and
+                                states, or, where several were merged into one, by the hash of their names
     results/part-*.parquet      what users read: one row for each image, some 65,536 in a part
     results/_manifests/<n>.json which parts are current, with their sums; each a conditional PUT and kept, so of two
                                 compactions one wins
 
+Whoever replaces an output writes another generation into run.json before it clears anything. A job that runs compares
+it with its own before it puts masks, rows or a manifest, and ends where it differs. NOTE a store has no transactions:
+what each process had under way at that moment, at most the masks of a batch, may still arrive.
+
 There is no lock. A row may be committed twice, by a retry or by two jobs on one output. Compaction keeps one attempt at
-each object (an image or a shard): of its newest version, and one without failures before one with failures.
+each object (an image or a shard): of its newest version the newest that has put masks, so that all rows of a shard
+are of the attempt whose masks are there.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import hashlib
 import io
 import json
 import re
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -62,6 +68,8 @@ MASKS, CONFIDENCE, PARTS = "masks", "confidence", "_shards"
 KEY_BYTES, COMPONENT_BYTES = 1024, 255
 ATTEMPTS = 20
 
+GENERATION, CLEARING = "generation", "clearing"  # in run.json, beside the settings
+
 RESERVED = {"": "%00", ".": "%2E", "..": "%2E%2E", "_long": "%5Flong"}
 _ESCAPED = re.compile(r"^%(25)*(00|2E|2E%2E|5Flong)$")
 
@@ -80,11 +88,16 @@ def object_key(prefix: str, key: str, suffix: str, *, root: str, local: bool) ->
     return name
 
 
+class ReplacedError(StorageError):
+    """Another job has replaced the output since this one claimed it."""
+
+
 class Output:
     """A bulk output. Workers `commit`; the driver claims, resumes, merges and compacts."""
 
-    def __init__(self, folder: Folder) -> None:
-        self.folder = folder
+    def __init__(self, folder: Folder, generation: str | None = None) -> None:
+        """`generation`: what `claim` found or made; without it nothing is compared."""
+        self.folder, self.generation = folder, generation
 
     def check(self, settings: Mapping[str, Any], *, overwrite: bool) -> Literal["free", "ours", "replace"]:
         """Whether nobody has this output, it is ours, or `overwrite` has to clear it first. Writes nothing.
@@ -103,6 +116,12 @@ class Output:
                 )
             return "free"
         found = json.loads(data)
+        found.pop(GENERATION, None)
+        if found.get(CLEARING) and not overwrite:
+            raise UsageError(
+                f"{self.folder.uri} is being cleared by a job with --overwrite, or was until such a job was stopped; "
+                "use a new prefix, or --overwrite to replace it"
+            )
         different = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
         if different and not overwrite:
             said = ", ".join(f"{k} {found.get(k)!r} instead of {settings.get(k)!r}" for k in different)
@@ -112,12 +131,32 @@ class Output:
         return "replace" if different else "ours"
 
     def claim(self, settings: Mapping[str, Any], classes: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Make this output that of one model, its settings and one source; raises as `check` does."""
+        """Make this output that of one model, its settings and one source, and keep its generation.
+
+        Raises as `check` does, and ReplacedError if another job replaces the output at the same time.
+        """
+        ours = {**settings, GENERATION: secrets.token_hex(8)}
         if self.check(settings, overwrite=overwrite) == "replace":
+            self.folder.write(RUN, _run_json({**ours, CLEARING: True}))
+            self.generation = ours[GENERATION]
             self._clear()
-        if not self.folder.create(RUN, json.dumps(settings, indent=1, sort_keys=True).encode()):
+            self.verify()
+            self.folder.write(RUN, _run_json(ours))
+        elif self.folder.create(RUN, _run_json(ours)):
+            self.generation = ours[GENERATION]
+        else:
+            self.generation = self._current()  # before it is checked: a later one is noticed by `verify`
             self.check(settings, overwrite=False)
+        self.verify()
         self.folder.write(CLASSES, json.dumps(classes, indent=1, ensure_ascii=False).encode())
+
+    def verify(self) -> None:
+        """Raises ReplacedError if the output is no longer the one that was claimed."""
+        if self.generation is not None and self._current() != self.generation:
+            raise ReplacedError(
+                f"{self.folder.uri}: another job has replaced this output with --overwrite since this one began; "
+                "give each of them a prefix of its own"
+            )
 
     def committed(self) -> Committed:
         """The state of every object that has rows, in `results/` or not yet. Raises StorageError."""
@@ -137,12 +176,17 @@ class Output:
         )
 
     def commit(self, rows: list[dict[str, Any]]) -> str:
-        """Write a batch's rows, whose masks are there already, all of an object together. Returns the part's name."""
-        # A second attempt with another outcome is another object: a compaction may be about to remove the first.
+        """Write a batch's rows, whose masks are there already, all of an object together. Returns the part's name.
+
+        Raises StorageError, of which ReplacedError is one.
+        """
+        # A second attempt with another outcome is another object: a compaction may be about to remove the first. So is
+        # that of another generation: a late compaction of the former one removes its own commits alone.
         what = sorted([r["uri"], r["key"], r["etag"], r["status"]] for r in rows)
-        name = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        name = hashlib.sha256(json.dumps([self.generation, what]).encode()).hexdigest()
         out = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, schema=ROW_SCHEMA), out, compression="zstd")
+        self.verify()
         self.folder.write(f"{COMMITS}/{name}.parquet", out.getvalue())
         return name
 
@@ -151,14 +195,15 @@ class Output:
 
         Safe beside a compaction, another job's too.
         """
-        return compaction.merge_commits(self.folder, names)
+        return compaction.merge_commits(self.folder, names, self.verify)
 
     def compact(self) -> Totals:
         """Fold the commits into `results/`: one attempt for each object. Returns the sums over all rows.
 
         Holds one part and some bytes for each commit, not what is there already. Raises StorageError.
         """
-        return compaction.compact(self.folder)
+        self.verify()
+        return compaction.compact(self.folder, self.verify)
 
     def totals(self) -> Totals:
         """The sums over the current results, without reading them."""
@@ -192,12 +237,22 @@ class Output:
         """Whether there are rows that are not in `results/` yet."""
         return next(entries_in(self.folder, COMMITS), None) is not None
 
+    def _current(self) -> str | None:
+        """The generation that is there now; None where there is no output."""
+        data = self.folder.read_if_present(RUN)
+        return None if data is None else json.loads(data).get(GENERATION, "")
+
     def _clear(self) -> None:
         for name in (MASKS, CONFIDENCE, RESULTS, COMMITS, PARTS):
             for page in pages_in(self.folder, name):
+                self.verify()  # of two that clear, the later one's output may be under way
                 compaction.delete_all(self.folder, (entry.key for entry in page))
-        for key in (CLASSES, REPORT, PAGE, RUN):  # an interrupted clearing is still the other model's output
+        for key in (REPORT, PAGE):
             self.folder.delete(key)
+
+
+def _run_json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=1, sort_keys=True).encode()
 
 
 def _hashed(data: bytes) -> Hashed:

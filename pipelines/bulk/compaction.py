@@ -18,7 +18,7 @@ import secrets
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +68,8 @@ def _is_commit(key: str) -> bool:
     return key.startswith(f"{COMMITS}/")
 
 
-def compact(folder: Folder) -> Totals:
-    """Fold the commits into `results/`; the sums over all rows then. Raises StorageError."""
+def compact(folder: Folder, verify: Callable[[], None]) -> Totals:
+    """Fold the commits into `results/`; the sums over all rows then. Raises StorageError, and what `verify` raises."""
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(random.uniform(0, min(0.05 * 2**attempt, 5)))  # two that began together part
@@ -78,7 +78,7 @@ def compact(folder: Folder) -> Totals:
         if not commits:
             return manifest.totals
         try:
-            compacted = _Compaction(folder, manifest, commits).run()
+            compacted = _Compaction(folder, manifest, commits, verify).run()
         except _FileGoneError:
             continue
         if compacted is not None:
@@ -86,7 +86,7 @@ def compact(folder: Folder) -> Totals:
     raise StorageError(f"{folder.uri}: other jobs kept changing the results while this one compacted; run it again")
 
 
-def merge_commits(folder: Folder, names: Sequence[str]) -> list[str]:
+def merge_commits(folder: Folder, names: Sequence[str], verify: Callable[[], None]) -> list[str]:
     """Write the rows of these commits into few larger ones and remove them; the names that hold the rows now.
 
     Of attempts at one version the one that counts is kept. A commit that is not there was folded by another job.
@@ -97,6 +97,7 @@ def merge_commits(folder: Folder, names: Sequence[str]) -> list[str]:
 
     def flush() -> None:
         if len(sources) > 1:
+            verify()
             merged.append(_write_merged(folder, tables, sources))
         else:
             merged.extend(sources)
@@ -145,6 +146,7 @@ class _Compaction:
     folder: Folder
     manifest: Manifest
     commits: Files
+    verify: Callable[[], None]
 
     def run(self) -> Manifest | None:
         """The manifest that it wrote; None if another compaction was first. Raises _FileGoneError."""
@@ -154,6 +156,7 @@ class _Compaction:
         writer = _PartWriter(self.folder, number)
         try:
             current = Manifest(number, (*self._write(writer, lost), *writer.finish()))
+            self.verify()
         except (StorageError, _FileGoneError):
             delete_all(self.folder, writer.keys)
             raise

@@ -26,7 +26,7 @@ import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
 from pipelines import cluster
-from pipelines.bulk.commits import FAILED, Output
+from pipelines.bulk.commits import FAILED, Output, ReplacedError
 from pipelines.bulk.steps import (
     DONE_SCHEMA,
     IMAGE_SCHEMA,
@@ -37,7 +37,7 @@ from pipelines.bulk.steps import (
     ReadImages,
     Row,
     decode,
-    in_words,
+    reason_of,
     result_row,
     to_rows,
     to_table,
@@ -84,7 +84,13 @@ class SegmentJob:
         self.config, self.source, self.output, self.plan = config, source, output, plan
         self.files, self.model_version = files, model_version
         self.settings = CommitSettings(
-            source.uri, output.folder.uri, colours, config.confidence, model_version, config.runtime.threads
+            source.uri,
+            output.folder.uri,
+            colours,
+            config.confidence,
+            model_version,
+            config.runtime.threads,
+            generation=output.generation,
         )
         self.tally = Tally(retried=plan.retried)
         self.trouble = ""
@@ -223,7 +229,7 @@ class SegmentJob:
 
     def _count(self, row: Row) -> None:
         if row["status"] is None:
-            if row["stage"] == "model":
+            if row["stage"] in ("model", "output"):
                 raise RepsepError(row["error"])
             self.trouble = f"The last error: {row['error']}"
             if row["stage"] != "write":
@@ -313,6 +319,7 @@ class SegmentActor:
             yield to_table(self.segment(together), LABEL_SCHEMA)
         for row in itertools.compress(rows, large):
             yield to_table(self.segment([row]), LABEL_SCHEMA)
+            row.clear()  # its labels lie in the object store: here they would stay beside the next image
 
 
 class ShardActor:
@@ -361,4 +368,6 @@ def _commit(labelled: pa.Table, settings: CommitSettings) -> pa.Table:
 
 
 def _not_committed(rows: list[Row], error: Exception, stage: str = "write") -> pa.Table:
-    return to_table([{"n": rows[0]["n"], "stage": stage, "error": in_words(error)}], DONE_SCHEMA)
+    if isinstance(error, ReplacedError):
+        stage = "output"
+    return to_table([{"n": rows[0]["n"], "stage": stage, "error": reason_of(error)}], DONE_SCHEMA)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import stat
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -20,8 +19,7 @@ from typing import Any
 
 from fsspec.asyn import sync
 
-from pipelines.errors import StorageError
-from pipelines.storage import TEMPORARY, Entry, Folder, storage_errors
+from pipelines.storage import Entry, Folder, local_entry, storage_errors
 
 PAGE = 1000
 THREADS = 16
@@ -43,7 +41,7 @@ def entry_of(folder: Folder, key: str) -> Entry | None:
     with storage_errors(folder.uri_of(key)):
         if folder.local:
             path = folder.path_of(key)
-            return _local_entry(os.stat(path), key) if os.path.isfile(path) else None
+            return local_entry(path, key) if os.path.isfile(path) else None
         return next((entry for entry in itertools.islice(folder.list(key), 1) if entry.key == key), None)
 
 
@@ -76,24 +74,8 @@ def _local(folder: Folder) -> Iterator[Entry]:
                     trail.append((f"{key}/", stack.enter_context(os.scandir(found.path))))
                 except FileNotFoundError:
                     continue
-            elif (entry := _local_file(found, key)) is not None:
+            elif (entry := local_entry(found.path, key)) is not None:
                 yield entry
-
-
-def _local_file(found: os.DirEntry[str], key: str) -> Entry | None:
-    if found.name.startswith(TEMPORARY):
-        return None
-    try:
-        status = found.stat()
-    except FileNotFoundError:
-        if found.is_symlink():
-            raise StorageError(f"{found.path}: this link leads nowhere; mend it or remove it.") from None
-        return None  # deleted meanwhile
-    return _local_entry(status, key) if stat.S_ISREG(status.st_mode) else None
-
-
-def _local_entry(status: os.stat_result, key: str) -> Entry:
-    return Entry(key, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- S3

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from pipelines.bulk.steps import Row, in_words, worker_id
+from pipelines.bulk.steps import Row, reason_of, worker_id
 from pipelines.config import SegmentConfig
 from pipelines.errors import RepsepError
 from pipelines.models import load_files
@@ -101,7 +101,7 @@ class SegmentImages:
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
             for row in rows:
-                row |= {"stage": "segment", "error": in_words(error)}
+                row |= {"stage": "segment", "error": reason_of(error)}
             return
         seconds = (time.perf_counter() - began) / len(rows)
         for row, (labels, confidence) in zip(rows, found, strict=True):

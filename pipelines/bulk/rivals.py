@@ -17,7 +17,7 @@ RIVAL_SCHEMA = pa.schema(
     [
         ("uri", pa.string()),
         ("etag", pa.string()),
-        ("failed", pa.bool_()),
+        ("empty", pa.bool_()),
         ("finished_at", pa.int64()),
         ("file", pa.int32()),
         ("number", pa.int32()),  # of the attempt in its file
@@ -46,16 +46,16 @@ class Buckets:
 
 def rivals_of(attempts: Attempts, file: int, chosen: NDArray[Any]) -> pa.Table:
     """The chosen attempts of a file, with the columns of RIVAL_SCHEMA."""
-    columns = [attempts.uri.take(pa.array(chosen)), attempts.etag.take(pa.array(chosen)), attempts.failed[chosen]]
+    columns = [attempts.uri.take(pa.array(chosen)), attempts.etag.take(pa.array(chosen)), attempts.empty[chosen]]
     columns += [attempts.finished_at[chosen], np.full(len(chosen), file, np.int32), chosen.astype(np.int32)]
     return pa.table(columns, schema=RIVAL_SCHEMA)
 
 
 def losers_of(rivals: pa.Table, objects: NDArray[Any], versions: NDArray[Any]) -> dict[int, NDArray[np.int32]]:
     """The numbers of the attempts that do not count, by file."""
-    failed, finished_at = rivals["failed"].to_numpy(), rivals["finished_at"].to_numpy()
+    empty, finished_at = rivals["empty"].to_numpy(), rivals["finished_at"].to_numpy()
     loses = np.ones(len(objects), np.bool_)
-    loses[settle(objects, versions, failed, finished_at)] = False
+    loses[settle(objects, versions, empty, finished_at)] = False
     files, numbers = rivals["file"].to_numpy()[loses], rivals["number"].to_numpy()[loses]
     return {int(file): numbers[files == file] for file in np.unique(files)}
 

@@ -46,7 +46,7 @@ class SegmentShards:
         threads: int = 1,
     ) -> None:
         self.config, self.settings = config, settings
-        self.source, self.output = Folder(settings.source), Output(Folder(settings.target))
+        self.source, self.output = Folder(settings.source), Output(Folder(settings.target), settings.generation)
         self.segment = SegmentImages(files, config, gpu=gpu, threads=threads)
         self.decode = _Isolated() if settings.final else decode
 
@@ -63,10 +63,8 @@ class SegmentShards:
             if isinstance(error.__cause__, GaveUpError) and not self.settings.final:
                 raise PassingError(str(error)) from error
             rows = [self._whole(shard, "read", str(error))]
-        else:
-            if not rows:
-                rows = [self._whole(shard, "decode", "the shard holds no image")]
         if any(not row["error"] for row in rows):
+            self.output.verify()
             uri = self._put(shard, rows)
             for row in rows:
                 row["mask_uri"] = uri

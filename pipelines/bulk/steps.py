@@ -125,14 +125,14 @@ def decode(row: Row, fetch: Callable[[], bytes], max_pixels: int, *, large_pixel
     try:
         data = fetch()
     except Exception as error:
-        found |= {"stage": "read", "error": in_words(error), "passing": isinstance(error.__cause__, GaveUpError)}
+        found |= {"stage": "read", "error": reason_of(error), "passing": isinstance(error.__cause__, GaveUpError)}
     else:
         try:
             if large_pixels is None or not large_pixels < header_pixels(data) <= max_pixels:
                 found["pixels"] = image = decode_image(data, max_pixels)
                 found |= {"height": image.shape[0], "width": image.shape[1]}
         except Exception as error:
-            found |= {"stage": "decode", "error": in_words(error)}
+            found |= {"stage": "decode", "error": reason_of(error)}
     return row | found | {"read_s": time.perf_counter() - began, "reader": worker_id()}
 
 
@@ -140,7 +140,7 @@ class PassingError(StorageError):
     """The store gave no answer for a while: no word on the object, which another round may have."""
 
 
-def in_words(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """For a row: our own errors say all that a person needs, of others the kind is needed too."""
     if isinstance(error, RepsepError | ImageError):
         return str(error)
@@ -188,6 +188,8 @@ class CommitSettings:
     threads: int
     final: bool = False
     """Whether an image that a silent store kept back becomes a failed row; else it is left for another round."""
+    generation: str | None = None
+    """The output's, as it was claimed."""
 
 
 def encode(row: Row, settings: CommitSettings) -> Row:
@@ -210,14 +212,19 @@ class CommitMasks:
 
     def __init__(self, settings: CommitSettings) -> None:
         self.settings = settings
-        self.source, self.output = Folder(settings.source), Output(Folder(settings.target))
+        self.source, self.output = Folder(settings.source), Output(Folder(settings.target), settings.generation)
         self.pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="write")
 
     def __call__(self, labelled: Iterable[Row]) -> list[Row]:
-        """Raises StorageError if the rows cannot be committed; a mask that cannot be written is a failed row."""
+        """Raises StorageError if the rows cannot be committed; a mask that cannot be written is a failed row.
+
+        ReplacedError is one: then another job has the output.
+        """
         labelled = list(labelled)
         left = [row for row in labelled if row.get("passing") and not self.settings.final]
         taken = [row for row in labelled if self.settings.final or not row.get("passing")]
+        if taken:
+            self.output.verify()
         rows = list(self.pool.map(self._written, taken))
         if rows:
             part = self.output.commit([result_row(row, self.source, self.settings.model_version) for row in rows])
@@ -233,7 +240,7 @@ class CommitMasks:
                 if self.settings.confidence:
                     self._put(CONFIDENCE, row["key"], row.pop("confidence_png"))
             except StorageError as error:
-                row |= {"stage": "write", "error": in_words(error)}
+                row |= {"stage": "write", "error": reason_of(error)}
         row["status"] = FAILED if row["error"] else OK
         return row | {"write_s": time.perf_counter() - began, "writer": worker_id()}
 

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import pickle
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import s3fs
 from pipelines import retries
 from pipelines.errors import StorageError
 from pipelines.storage import Folder
+from tests.conftest import one_of_eight_creates
 from tests.fault_proxy import KINDS, ONLY_GET, FaultProxy
 
 DATA = os.urandom(50_000)
@@ -209,16 +209,7 @@ def test_a_folder_that_travelled_survives_as_well(folder: Folder, proxy: FaultPr
 def test_of_eight_writers_whose_answers_get_lost_one_wins(folder: Folder, proxy: FaultProxy) -> None:
     for attempt in range(6):
         proxy.arm("lost", "slowdown", "lost", "reset", "lost", "internal", "lost", "lost")
-        key, start = f"lease-{attempt}", threading.Barrier(8)
-
-        def create(writer: int, key: str = key, start: threading.Barrier = start) -> bool:
-            start.wait(timeout=30)
-            return folder.create(key, b"writer %d" % writer)
-
-        with ThreadPoolExecutor(8) as pool:
-            won = list(pool.map(create, range(8)))
-        assert won.count(True) == 1
-        assert folder.read(key) == b"writer %d" % won.index(True)
+        one_of_eight_creates(folder, f"lease-{attempt}")
 
 
 def lost(folder: Folder, objects: int) -> list[str]:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pyarrow.fs
 import pytest
@@ -19,6 +18,7 @@ import s3fs
 from pipelines import retries
 from pipelines.errors import StorageError, UsageError
 from pipelines.storage import TEMPORARY, Folder, absolute_uri, home
+from tests.conftest import one_of_eight_creates
 
 MOTO = "moto"
 CEPH = pytest.param("ceph", marks=pytest.mark.ceph)
@@ -199,22 +199,9 @@ def test_a_local_listing_follows_links_and_names_one_that_leads_nowhere(tmp_path
         list(folder.list())
 
 
-def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = Folder(str(tmp_path))
-    folder.write("a/key", b"")
-    folder.write("closed/key", b"")
-    scandir = os.scandir
-
-    def guarded(path: str) -> Any:  # root may read everything, whatever the mode says
-        if str(path).endswith("closed"):
-            raise PermissionError(errno.EACCES, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", guarded)
+def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(partly_closed: Path) -> None:
     with pytest.raises(StorageError, match=r"closed.*check the permissions"):
-        list(folder.list())
+        list(Folder(str(partly_closed)).list())
 
 
 # -------------------------------------------------------------------------------------------- whole or absent, once
@@ -222,16 +209,7 @@ def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(
 
 def test_of_eight_writers_that_create_one_wins(folder: Folder) -> None:
     for attempt in range(5):
-        key, start = f"lease-{attempt}", threading.Barrier(8)
-
-        def create(writer: int, key: str = key, start: threading.Barrier = start) -> bool:
-            start.wait(timeout=30)
-            return folder.create(key, b"writer %d" % writer)
-
-        with ThreadPoolExecutor(8) as pool:
-            won = list(pool.map(create, range(8)))
-        assert won.count(True) == 1
-        assert folder.read(key) == b"writer %d" % won.index(True)
+        one_of_eight_creates(folder, f"lease-{attempt}")
     assert len(keys(folder)) == 5
 
 

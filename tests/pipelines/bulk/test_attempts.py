@@ -20,7 +20,7 @@ from tests.pipelines.bulk.output_rows import row, shard_rows, uri_of
 class Attempt(NamedTuple):
     object: int
     version: int
-    failed: bool
+    empty: bool
     finished_at: int
 
 
@@ -37,7 +37,7 @@ def counting(found: list[Attempt]) -> dict[int, Attempt]:
             if attempt.version != newest_first[0].version:
                 break
             since.append(attempt)
-        best[number] = next((a for a in since if not a.failed), since[0])
+        best[number] = next((a for a in since if not a.empty), since[0])
     return best
 
 
@@ -49,8 +49,8 @@ def random_attempts(seed: int) -> list[Attempt]:
 
 
 def settled(found: list[Attempt]) -> list[int]:
-    objects, versions, failed, finished_at = (np.array(column) for column in zip(*found, strict=True))
-    return settle(objects, versions, failed, finished_at).tolist()
+    objects, versions, empty, finished_at = (np.array(column) for column in zip(*found, strict=True))
+    return settle(objects, versions, empty, finished_at).tolist()
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -89,7 +89,7 @@ def test_attempts_of_a_file_are_its_objects_versions() -> None:
     found = attempts_of(pa.Table.from_pylist(rows, schema=ROW_SCHEMA))
     assert found.uri.to_pylist() == [uri_of("a"), uri_of("s"), uri_of("a")]
     assert found.etag.to_pylist() == ["v1", "v1", "v2"]
-    assert found.failed.tolist() == [False, True, True]
+    assert found.empty.tolist() == [False, False, True]
     assert found.of_row.tolist() == [0, 1, 1, 2, 1]
     times = pa.array([r["finished_at"] for r in (rows[0], rows[4], rows[3])], ROW_SCHEMA.field("finished_at").type)
     assert found.finished_at.tolist() == times.cast(pa.int64()).to_pylist()
@@ -100,22 +100,21 @@ def batches(table: pa.Table, size: int) -> Iterator[pa.RecordBatch]:
 
 
 def test_hashed_attempts_are_the_same_however_the_file_is_cut() -> None:
-    rows = [r for i in range(30) for r in shard_rows(f"s{i}", "of"[i % 2] * (i % 4 + 1) + "o", at=i)]
+    rows = [r for i in range(30) for r in shard_rows(f"s{i}", "of"[i % 2] * (i % 4 + 1) + "of"[i % 3 == 0], at=i)]
     table = pa.Table.from_pylist(rows, schema=ROW_SCHEMA)
     whole = sorted(zip(*(column.tolist() for column in hashed(batches(table, 1000))), strict=True))
     assert len(whole) == 30
     for size in (1, 2, 7):
         assert sorted(zip(*(c.tolist() for c in hashed(batches(table, size))), strict=True)) == whole
     exact = attempts_of(table)
-    assert sorted(attempts.uri_hashes(exact).tolist()) == [uri for uri, _, _, _ in whole]
-    assert exact.failed.sum() == sum(failed for _, _, failed, _ in whole)
+    assert sorted(attempts.uri_hashes(exact).tolist()) == [uri for uri, *_ in whole]
+    assert sum(failed for _, _, failed, _, _ in whole) == 20
+    assert exact.empty.sum() == sum(empty for _, _, _, empty, _ in whole) == 5
 
 
 def files_of(found: list[Attempt], files: int) -> Iterator[Hashed]:
     for start in range(files):
-        rows = [
-            row(f"{a.object}", etag=f"v{a.version}", ok=not a.failed, at=a.finished_at) for a in found[start::files]
-        ]
+        rows = [row(f"{a.object}", etag=f"v{a.version}", ok=not a.empty, at=a.finished_at) for a in found[start::files]]
         yield hashed(batches(pa.Table.from_pylist(rows, schema=ROW_SCHEMA), 4))
 
 
@@ -131,7 +130,7 @@ def test_states_agree_with_the_rule(slice_rows: int, monkeypatch: pytest.MonkeyP
         for number, version in [(number, version) for number in range(13) for version in range(3)]:
             counts = expected.get(number)
             here = counts is not None and counts.version == version
-            state = (attempts.FAILED_STATE if counts.failed else attempts.OK_STATE) if counts and here else 0
+            state = (attempts.FAILED_STATE if counts.empty else attempts.OK_STATE) if counts and here else 0
             assert committed.states([uri_of(f"{number}")], [f"v{version}"]).tolist() == [state]
 
 
@@ -158,7 +157,7 @@ def test_what_is_committed_takes_at_most_32_bytes_each() -> None:
     draw = np.random.default_rng(0)
     count = 100_000
     uri, version = (draw.integers(0, 1 << 63, count).astype(np.uint64) for _ in range(2))
-    found = Hashed(uri, version, np.zeros(count, bool), np.arange(count))
+    found = Hashed(uri, version, *np.zeros((2, count), bool), np.arange(count))
     committed = Committed([found])
     assert len(committed) == count
     assert committed.nbytes <= 32 * count

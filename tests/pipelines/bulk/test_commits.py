@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import pickle
@@ -27,6 +29,7 @@ from pipelines.bulk.commits import (
     RUN,
     Committed,
     Output,
+    ReplacedError,
     object_key,
 )
 from pipelines.bulk.result_parts import Totals
@@ -55,6 +58,13 @@ def output(tmp_path: Path) -> Output:
 def known(output: Output, key: str, etag: str = "v1") -> int:
     """What is committed of an image in this version."""
     return int(output.committed().states([uri_of(key)], [etag])[0])
+
+
+def settings_of(folder: Folder) -> dict[str, Any]:
+    """What run.json says, without the generation, which is random."""
+    found: dict[str, Any] = json.loads(folder.read(RUN))
+    assert len(found.pop("generation")) == 16
+    return found
 
 
 def keys_in(folder: Folder, prefix: str) -> list[str]:
@@ -185,7 +195,7 @@ def test_a_disk_takes_every_name(tmp_path: Path) -> None:
 def test_the_same_model_with_the_same_settings_comes_back(output: Output) -> None:
     output.commit([row("a")])
     output.claim(dict(reversed(SETTINGS.items())), NAMES, overwrite=False)
-    assert json.loads(output.folder.read(RUN)) == SETTINGS
+    assert settings_of(output.folder) == SETTINGS
     assert json.loads(output.folder.read(CLASSES)) == NAMES
     assert known(output, "a") == OK_STATE
 
@@ -205,7 +215,7 @@ def test_another_model_is_refused_with_what_differs(output: Output, settings: di
         output.claim(settings, {"classes": []}, overwrite=False)
     said = str(caught.value)
     assert f"{output.folder.uri} was written with {difference}; use a new prefix, or --overwrite" in said
-    assert json.loads(output.folder.read(RUN)) == SETTINGS
+    assert settings_of(output.folder) == SETTINGS
     assert json.loads(output.folder.read(CLASSES)) == NAMES
 
 
@@ -217,7 +227,7 @@ def test_of_two_models_that_claim_at_once_one_is_refused(tmp_path: Path) -> None
 
     with pytest.raises(UsageError, match="model 'm1' instead of 'm2'"):
         Output(Watched(uri, AtStep(0, quicker))).claim(SETTINGS | {"model": "m2"}, NAMES, overwrite=False)
-    assert json.loads(Folder(uri).read(RUN)) == SETTINGS
+    assert settings_of(Folder(uri)) == SETTINGS
 
 
 @pytest.mark.parametrize("name", ["masks/a.png", "results/part.parquet", CLASSES])
@@ -235,7 +245,7 @@ def test_other_files_beside_the_output_do_not_matter(tmp_path: Path) -> None:
     folder.write("masks-of-last-year/a.png", b"somebody's")
     folder.write("notes.txt", b"somebody's")
     Output(folder).claim(SETTINGS, NAMES, overwrite=False)
-    assert json.loads(folder.read(RUN)) == SETTINGS
+    assert settings_of(folder) == SETTINGS
 
 
 def test_looking_whose_output_it_is_writes_nothing(tmp_path: Path, output: Output) -> None:
@@ -286,8 +296,114 @@ def test_an_overwrite_that_is_killed_anywhere_is_finished_by_the_next(tmp_path: 
         else:
             break
         assert keys_in(output.folder, "") == [CLASSES, "notes.txt", RUN]
-        assert json.loads(output.folder.read(RUN)) == other
+        assert settings_of(output.folder) == other
     assert number > 10
+
+
+def test_an_output_whose_clearing_was_interrupted_is_nobodys(output: Output) -> None:
+    fill(output)
+    with pytest.raises(KilledError):
+        Output(Watched(output.folder.uri, AtStep(5, die))).claim(SETTINGS | {"model": "m2"}, NAMES, overwrite=True)
+    for settings in (SETTINGS, SETTINGS | {"model": "m2"}):
+        with pytest.raises(UsageError, match="is being cleared by a job with --overwrite, or was until"):
+            output.claim(settings, NAMES, overwrite=False)
+
+
+# ---------------------------------------------------------------- replaced while a job runs
+
+
+def written(output: Output) -> None:
+    """What a worker does."""
+    output.verify()
+    output.folder.write("masks/a.png", b"old")
+    output.commit([row("a")])
+
+
+def write_if_ours(output: Output) -> None:
+    with contextlib.suppress(ReplacedError):
+        written(output)
+
+
+def test_a_job_whose_output_was_replaced_writes_no_more_rows_or_results(output: Output) -> None:
+    names = [output.commit([row("a")]), output.commit([row("b")])]
+    worker = Output(output.folder, output.generation)
+    new = Output(output.folder)
+    new.claim(SETTINGS | {"model": "m2"}, NAMES, overwrite=True)
+    new.commit([row("c")])
+    before = list(output.folder.list())
+    for late in (lambda: written(worker), lambda: worker.commit([row("a")]), output.compact):
+        with pytest.raises(ReplacedError, match=f"{output.folder.uri}: another job has replaced this output"):
+            late()
+    assert output.merge_commits(names) == []
+    assert list(output.folder.list()) == before
+    assert new.compact().rows == 1
+
+
+def test_a_job_of_the_same_model_joins_and_replaces_nothing(output: Output) -> None:
+    other = claimed(output.folder.uri)
+    assert other.generation == output.generation
+    written(output)
+    written(other)
+    assert output.compact().rows == 1
+
+
+def test_nothing_of_a_job_is_left_wherever_another_replaces_its_output(tmp_path: Path) -> None:
+    for number in itertools.count():
+        old = claimed(str(tmp_path / str(number)))
+        fill(old)
+        worker = AtStep(number, functools.partial(write_if_ours, old))
+        Output(Watched(old.folder.uri, worker)).claim(SETTINGS | {"model": "m2"}, NAMES, overwrite=True)
+        assert keys_in(old.folder, "") == [CLASSES, "notes.txt", RUN]
+        if not worker.is_done:
+            break
+    assert number > 10
+
+
+def test_a_compaction_in_whose_middle_the_output_is_replaced_leaves_nothing(tmp_path: Path) -> None:
+    """But in one moment, between its last look and its manifest."""
+    left = 0
+    for number in itertools.count():
+        old = claimed(str(tmp_path / str(number)))
+        fill(old)
+        new = Output(old.folder)
+
+        def replaced(new: Output = new) -> None:
+            new.claim(SETTINGS | {"model": "m2"}, NAMES, overwrite=True)
+            new.commit([row("a")])
+
+        interruption = AtStep(number, replaced)
+        with contextlib.suppress(StorageError):
+            Output(Watched(old.folder.uri, interruption), old.generation).compact()
+        if not interruption.is_done:
+            break
+        left += keys_in(old.folder, RESULTS) != []
+        assert new.has_commits()
+    assert number > 10
+    assert left <= 1
+
+
+def test_of_two_that_replace_an_output_at_once_one_goes_on(tmp_path: Path) -> None:
+    """And its classes are there, but in one moment, between the other's last look and its classes."""
+    wrong = 0
+    for number in itertools.count():
+        fill(claimed(str(tmp_path / str(number))))
+        folder = Folder(str(tmp_path / str(number)))
+        jobs = [Output(folder), Output(folder)]
+        first = functools.partial(jobs[0].claim, SETTINGS | {"model": "m2"}, {"classes": [2]}, overwrite=True)
+        interruption = AtStep(number, first)
+        jobs[1].folder = Watched(folder.uri, interruption)
+        with contextlib.suppress(ReplacedError, UsageError):
+            jobs[1].claim(SETTINGS | {"model": "m3"}, {"classes": [3]}, overwrite=True)
+        if not interruption.is_done:
+            break
+        (going_on,) = [job for job in jobs if job.generation == json.loads(folder.read(RUN))["generation"]]
+        model = 2 + jobs.index(going_on)
+        assert settings_of(folder)["model"] == f"m{model}"
+        wrong += json.loads(folder.read(CLASSES)) != {"classes": [model]}
+        going_on.commit([row("a")])
+        assert going_on.compact().rows == 1
+    assert number > 10
+    assert wrong <= 1
 
 
 # ---------------------------------------------------------------- rows

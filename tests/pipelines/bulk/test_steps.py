@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from pipelines.bulk import model_step, steps
-from pipelines.bulk.commits import Output
+from pipelines.bulk.attempts import FAILED_STATE, OK_STATE
+from pipelines.bulk.commits import Output, ReplacedError
 from pipelines.bulk.model_step import SegmentImages
+from pipelines.bulk.shard_step import SegmentShards
 from pipelines.bulk.steps import (
     IMAGE_SCHEMA,
     LABEL_SCHEMA,
@@ -417,6 +420,61 @@ def test_a_large_image_is_decoded_by_the_model_s_step_and_gets_the_same_mask(
         [fresh]
     )
     assert (broken["stage"], broken["labels"]) == ("decode", None)
+
+
+def test_the_masks_of_a_job_whose_output_was_replaced_are_not_put(shard: tuple[SegmentShards, Row]) -> None:
+    step, listed = shard
+    step.output.claim({"model": "m1"}, {}, overwrite=False)
+    Output(step.output.folder).claim({"model": "m2"}, {}, overwrite=True)
+    settings = replace(step.settings, generation=step.output.generation)
+    labelled = todo("a.png")[0] | {"error": None, "labels": np.zeros((2, 3), np.uint8), "confidence_map": None}
+    for late in (lambda: step(listed), lambda: CommitMasks(settings)([labelled])):
+        with pytest.raises(ReplacedError, match="replaced this output"):
+            late()
+    assert [entry.key for entry in step.output.folder.list()] == ["classes.json", "run.json"]
+
+
+@pytest.fixture
+def shard(directory: Path, bucket: Folder, tmp_path: Path) -> tuple[SegmentShards, Row]:
+    """The step over shards, and a listed shard of three images."""
+    out = io.BytesIO()
+    pq.write_table(pa.table({"key": ["x", "y", "z"], "image": [encoded(picture(i)) for i in range(3)]}), out)
+    bucket.write("s.parquet", out.getvalue())
+    settings = CommitSettings(bucket.uri, str(tmp_path / "out"), COLOURS, False, "m", 2)
+    return SegmentShards(files_of(directory), config_of(), settings), todo("s.parquet")[0]
+
+
+def worker_dies(on: str) -> Callable[..., Row]:
+    def decode_or_die(row: Row, fetch: Callable[[], bytes], max_pixels: int) -> Row:
+        found = steps.decode(row, fetch, max_pixels)
+        return found | {"pixels": None, "stage": "worker", "error": "it died"} if row["name"] in on else found
+
+    return decode_or_die
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second", "failed"),
+    [("", "y", "y"), ("y", "", ""), ("x", "yz", "yz"), ("", "xyz", ""), ("x", "xyz", "x")],
+)
+def test_of_two_attempts_at_a_shard_the_rows_are_those_of_the_one_whose_masks_are_there(
+    shard: tuple[SegmentShards, Row], first: str, second: str, failed: str, compacted: bool
+) -> None:
+    """An attempt in which every image fails puts no masks."""
+    step, listed = shard
+    for dies_on in (first, second):
+        step.decode = worker_dies(dies_on)
+        step(dict(listed))
+        if compacted:
+            step.output.compact()
+    state = int(step.output.committed().states([step.source.uri_of("s.parquet")], [listed["etag"]])[0])
+    step.output.compact()
+    masks = pq.read_table(io.BytesIO(step.output.folder.read("masks/s.parquet.parquet"))).to_pylist()
+    rows = step.output.results().to_pylist()
+    assert "".join(row["key"][-1] for row in rows if row["status"] == "failed") == failed
+    assert [(f"s.parquet#{m['key']}", m["status"]) for m in masks] == [(row["key"], row["status"]) for row in rows]
+    assert [m["mask"] is None for m in masks] == [row["mask_uri"] is None for row in rows]
+    assert state == (FAILED_STATE if failed else OK_STATE)
 
 
 def test_the_files_that_are_handed_on_are_those_that_are_saved() -> None:
