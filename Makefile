@@ -8,10 +8,10 @@ SWEEP ?=
 # Two processes on two cores with OpenMP's spinning threads run ten times slower than without.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test lint types tests slow sweep prove-model prove-segment clean
+.PHONY: help setup demo test lint types tests slow sweep prove-model prove-segment prove-training clean
 
 help: ## list the verbs
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.installed ## make .venv and install repsep with the pinned versions
 
@@ -39,8 +39,8 @@ tests: setup
 slow: setup ## the tests that take minutes
 	$(BIN)/pytest -m slow
 
-sweep: setup ## search loss weights and backbones; SWEEP=<recipe> for your own
-	$(BIN)/repsep sweep $(if $(SWEEP),--config "$(SWEEP)")
+sweep: setup ## search loss weights and models; DATA=<folder> as CamVid's, SWEEP=<recipe> for your own
+	$(BIN)/repsep sweep $(if $(SWEEP),--config "$(SWEEP)",$(if $(DATA),--config sweep-camvid)) $(if $(DATA),--set "prepare.source=$(DATA)")
 
 prove-model: setup ## check what the model library claims: families, cost, exports, memory; prints a table
 	PYTHONPATH=. $(BIN)/python benchmarks/model.py
@@ -48,6 +48,10 @@ prove-model: setup ## check what the model library claims: families, cost, expor
 prove-segment: setup ## kill, starve and poison bulk segmentation on a real S3 store; prints planned, injected, lost
 	infra/dev/ceph-rgw.sh install
 	PYTHONPATH=. $(BIN)/python benchmarks/survive.py
+
+prove-training: setup ## kill, starve and poison training on real Ray clusters; prints injected and outcome
+	infra/dev/ceph-rgw.sh install
+	PYTHONPATH=. $(BIN)/python benchmarks/training.py
 
 clean: ## remove what demo and tests left (not .venv)
 	rm -rf .repsep .pytest_cache .mypy_cache .ruff_cache

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Command: search loss weights and backbones."""
+"""Command: search loss weights and models."""
 
 from __future__ import annotations
 
@@ -11,16 +11,23 @@ from jobs.options import main, prepare_if_none, read_recipe, recipe_options, sho
 @click.command("sweep")
 @recipe_options
 def command(config: str | None, settings: tuple[str, ...], as_json: bool) -> None:
-    """Search separation-loss weights and backbones with Ray Tune.
+    """Search separation-loss weights, models and learning rates with Ray Tune.
 
-    Ends with a table, a plot and best.yaml, which `repsep train --config best.yaml` takes unchanged. Where the
-    workspace has no prepared dataset, it prepares the recipe's; without a config that is the generated demo data.
+    Ends with a page and best.yaml, which `repsep train --config best.yaml` takes unchanged. Where the recipe names a
+    prepare.source, that is prepared (or found done); else the workspace's dataset is taken, or generated demo data.
     """
+    from pipelines.prepare import prepare
+    from pipelines.progress import say
     from pipelines.sweep import sweep
+    from pipelines.workflow import describe
 
     recipe, workspace = read_recipe(config or "sweep", settings)
     if recipe.sweep is None or recipe.sweep.dataset is None:
-        prepare_if_none(workspace, recipe)
+        if recipe.prepare.source is None:
+            prepare_if_none(workspace, recipe)
+        else:
+            for line in describe(prepare(workspace, recipe.prepare)):
+                say(line)
     show(sweep(workspace, recipe), as_json)
 
 

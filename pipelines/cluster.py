@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import ray
 
-from pipelines.errors import UsageError
+from pipelines.errors import StoppedError, UsageError
 from pipelines.progress import say
 from pipelines.storage import is_local
 
@@ -69,3 +73,24 @@ def refuse_local(uri: str, what: str) -> None:
             f"{what} is the local path {uri}, but the cluster has {len(nodes())} nodes, which would each see "
             "their own; use object storage or a shared file system under an fsspec URI"
         )
+
+
+@contextlib.contextmanager
+def stoppable(what: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run inside with its workers, and raise StoppedError.
+
+    NOTE Ray's trainer takes SIGINT for itself, for good, and answers it with sys.exit(0), a success; SIGTERM would
+    leave the workers at work.
+    """
+    if threading.current_thread() is not threading.main_thread():  # in a sweep's trial, which has no say in signals
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        raise StoppedError(f"{what} was stopped; the same command again goes on from the last checkpoint") from stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -122,12 +122,37 @@ class AugmentConfig(Section):
 class TrainRuntime(Section):
     """Where training runs."""
 
-    workers: int = Field(2, ge=1, description="Ray Train workers, one process each")
+    workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = Field(
+        2, description="Ray Train workers, one process each; [least, most]: as many as the cluster holds at the time"
+    )
     cpus_per_worker: float = Field(1, gt=0, description="CPUs that Ray reserves for a worker")
     gpu: bool | None = Field(None, description="one GPU for each worker; by default if the cluster has any")
     max_failures: int = Field(3, ge=-1, description="how often a lost worker group is started again")
     loader_threads: int = Field(2, ge=1, description="threads that decode and augment in each worker")
     log_every: int = Field(20, ge=1, description="steps between logged metrics")
+    cache_gib: float = Field(
+        20, ge=0, description="local disk for shards of an object store; 0 reads row groups over the network"
+    )
+    checkpoint_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints, besides those that validations leave"
+    )
+    grad_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, more time, the same result"
+    )
+
+    @model_validator(mode="after")
+    def _workers_are_a_range(self) -> TrainRuntime:
+        if self.least_workers > self.most_workers:
+            raise ValueError(f"workers is [least, most], got {list(self.workers)}")  # type: ignore[arg-type]
+        return self
+
+    @property
+    def least_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class TrainConfig(Section):
@@ -135,6 +160,9 @@ class TrainConfig(Section):
 
     dataset: str | None = Field(None, description="URI of a prepared dataset; by default the latest prepare's")
     model: ModelConfig = Field(default_factory=ModelConfig)
+    init_from: str | None = Field(
+        None, description="start from this model's weights: a directory's URI or models:/name@alias; classes go by name"
+    )
     loss: LossConfig = Field(default_factory=LossConfig)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     rare_class_temperature: float | None = Field(
@@ -159,6 +187,10 @@ class TrainConfig(Section):
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.99, ge=0, lt=1, description="decay of the moving average of the weights")
     bf16: bool = Field(True, description="forward passes in bfloat16 autocast")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="each worker holds all of the model, or (FSDP2) a share of weights, average and optimizer"
+    )
+    compile: bool = Field(False, description="torch.compile the model: minutes at the start, faster steps on a GPU")
     validate_every: int = Field(
         100, ge=1, description="steps between validations (by evaluate's defaults), each with a checkpoint"
     )
@@ -179,7 +211,10 @@ class SweepRuntime(Section):
 class SearchSpace(Section):
     """What is searched: a [low, high] pair is log-uniform, a list is a choice."""
 
-    loss: dict[str, tuple[float, float]] = Field(
+    method: Literal["random", "tpe"] = Field(
+        "random", description="random points, known beforehand, or Optuna's TPE, which learns from the trials before"
+    )
+    loss: dict[str, tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]] = Field(
         default_factory=lambda: {
             "local": (0.1, 1.0),
             "attention": (0.1, 1.0),
@@ -188,7 +223,9 @@ class SearchSpace(Section):
         },
         description="range of each separation-loss weight",
     )
-    off: float = Field(0.2, ge=0, lt=1, description="probability that a loss weight is 0 instead")
+    off: float = Field(
+        0.2, ge=0, lt=1, description="probability that a loss weight is 0 instead; tpe only asks if it is over 0"
+    )
     backbones: list[ModelConfig] = Field(
         default_factory=lambda: [
             ModelConfig(backbone="vit_tiny_patch16_224", backbone_args={"depth": 4}),
@@ -197,11 +234,27 @@ class SearchSpace(Section):
         min_length=1,
         description="a choice of models",
     )
-    lr: tuple[float, float] = Field((5e-4, 2e-3), description="range of the peak learning rate")
+    separation: list[Literal["none", "local", "region"]] = Field(
+        default_factory=list, description="a choice of model.separation; left out, each of the backbones keeps its own"
+    )
+    cross_attention: list[Annotated[int, Field(ge=0)]] = Field(
+        default_factory=list, description="a choice of model.cross_attention; left out, each keeps its own"
+    )
+    lr: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+        (5e-4, 2e-3), description="range of the peak learning rate"
+    )
+
+    @model_validator(mode="after")
+    def _ranges_are_low_then_high(self) -> SearchSpace:
+        ranges = {"lr": self.lr} | {f"loss.{term}": limits for term, limits in self.loss.items()}
+        for name, (low, high) in ranges.items():
+            if low > high:
+                raise ValueError(f"{name} is a range, low then high, got [{low:g}, {high:g}]")
+        return self
 
 
 class SweepConfig(Section):
-    """Hyperparameter search with Ray Tune (ASHA) over loss weights and backbones. What is not searched is `train`'s."""
+    """Hyperparameter search with Ray Tune (ASHA) over loss weights and models. What is not searched is `train`'s."""
 
     dataset: str | None = Field(None, description="URI of a prepared dataset; by default the latest prepare's")
     trials: int = Field(8, ge=1, description="trials in all, the defaults of `train` being the first")
@@ -209,15 +262,17 @@ class SweepConfig(Section):
     validate_every: int = Field(40, ge=1, description="steps between validations, where ASHA may stop a trial")
     reduction_factor: int = Field(2, ge=2, description="ASHA keeps one in so many at each rung")
     holdout: float = Field(0.2, gt=0, lt=1, description="share of train that trials are judged on")
-    confirm_seeds: int = Field(1, ge=0, description="fresh seeds with which the best and the default are trained again")
+    confirm_seeds: int = Field(3, ge=0, description="fresh seeds with which the best and the default are trained again")
     search: SearchSpace = Field(default_factory=SearchSpace)
     seed: int = Field(0, ge=0, description="of the points that are tried")
     runtime: SweepRuntime = Field(default_factory=SweepRuntime)
 
     @model_validator(mode="after")
-    def _validates_within_a_trial(self) -> SweepConfig:
+    def _can_be_judged(self) -> SweepConfig:
         if self.validate_every > self.steps:
             raise ValueError(f"validate_every={self.validate_every} is over steps={self.steps}: no trial would report")
+        if self.confirm_seeds == 1:
+            raise ValueError("confirm_seeds=1 gives no interval to decide by; take 2 or more, or 0 to go without")
         return self
 
 

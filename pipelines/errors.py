@@ -3,6 +3,7 @@
 RepsepError          exit code 1: it failed, and the message says what to do
   UsageError         exit code 2: what was asked for cannot be
   StorageError       exit code 1: an object store or a folder said no
+  StoppedError       exit code 130: somebody pressed Ctrl-C or sent SIGTERM
 """
 
 
@@ -20,3 +21,9 @@ class UsageError(RepsepError):
 
 class StorageError(RepsepError):
     """Storage that is missing, refuses, or does not answer."""
+
+
+class StoppedError(RepsepError):
+    """Stopped on request, at a point from which the same command goes on."""
+
+    exit_code = 130

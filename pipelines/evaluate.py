@@ -16,17 +16,17 @@ import pyarrow.parquet as pq
 import ray
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines import cluster, tracking
 from pipelines.config import EvaluateConfig, Recipe
 from pipelines.dataset import Dataset, Split, open_dataset
-from pipelines.errors import UsageError
+from pipelines.errors import RepsepError, UsageError
 from pipelines.models import FetchedModel, fetch_model, load_files
-from pipelines.progress import Progress
+from pipelines.pictures import encoded, triptych
+from pipelines.progress import Progress, say
 from pipelines.stage import Receipt, StageRun, latest_receipt, run_stage
 from repsep_model.checkpoint import load_classes
-from repsep_model.images import UInt8, overlay
+from repsep_model.images import UInt8
 from repsep_model.inference import segment_image
 from repsep_model.metrics import Scores, scores_from_counts
 
@@ -102,10 +102,14 @@ def _evaluate(
         if config.overlays
         else [PER_IMAGE]
     )
-    if mlflow_run is not None and tracking.run_exists(recipe.tracking, mlflow_run):
-        logger = tracking.RunLogger(tracking.tracking_uri(recipe.tracking), mlflow_run)
-        logger.metrics({f"eval/{n}": v for n, v in scores.means().items()} | {"eval/prior_miou": prior.miou})
-        logger.metrics({f"eval_iou/{n}": float(v) for n, v in zip(dataset.class_names, scores.iou, strict=True)})
+    if mlflow_run is not None:
+        values = {f"eval/{n}": v for n, v in scores.means().items()} | {"eval/prior_miou": prior.miou}
+        values |= {f"eval_iou/{n}": float(v) for n, v in zip(dataset.class_names, scores.iou, strict=True)}
+        try:
+            if tracking.run_exists(recipe.tracking, mlflow_run):
+                tracking.RunLogger(tracking.tracking_uri(recipe.tracking), mlflow_run).metrics(values)
+        except RepsepError as error:  # the receipt has them: no reason to lose an evaluation
+            say(f"evaluate: warning: the scores are not in MLflow: {error}")
 
 
 def prior_scores(dataset: Dataset, split: str) -> Scores:
@@ -173,7 +177,7 @@ def _evaluate_share(
         number = i * workers + rank
         labels = segment_image(model, image, **segmenting).labels
         shown = bool(config.overlays) and number % every == 0 and number // every < config.overlays
-        picture = _triptych(image, mask, labels, dataset.colours) if shown else None
+        picture = encoded(triptych((image, mask, labels), dataset.colours), "JPEG") if shown else None
         found.append((key, number, _image_counts(labels, mask, dataset.num_classes), picture))
     return found
 
@@ -184,15 +188,6 @@ def _image_counts(predicted: UInt8, mask: UInt8, num_classes: int) -> NDArray[np
     predicted, mask = predicted[valid], mask[valid]
     right = np.bincount(mask[predicted == mask], minlength=num_classes)
     return np.stack([right, np.bincount(predicted, minlength=num_classes), np.bincount(mask, minlength=num_classes)])
-
-
-def _triptych(image: UInt8, mask: UInt8, labels: UInt8, colours: list[list[int]]) -> bytes:
-    """Image, labels and prediction side by side, as JPEG."""
-    out = io.BytesIO()
-    Image.fromarray(np.hstack([image, overlay(image, mask, colours), overlay(image, labels, colours)])).save(
-        out, "JPEG", quality=88
-    )
-    return out.getvalue()
 
 
 def _nearest(mask: UInt8, size: tuple[int, ...]) -> UInt8:

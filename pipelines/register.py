@@ -214,7 +214,9 @@ def _champion(recipe: Recipe, name: str) -> Any:
     except MlflowException as error:
         if error.error_code in NO_CHAMPION:
             return None
-        raise RepsepError(f"MLflow at {tracking.shown(uri)} cannot be used: {error.message}") from error
+        raise RepsepError(
+            f"MLflow at {tracking.shown(uri)} cannot be used: {tracking.shown(str(error.message))}"
+        ) from None
 
 
 def _ensure_registered(client: MlflowClient, name: str) -> None:

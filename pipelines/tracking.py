@@ -6,11 +6,13 @@ forgotten call may send a run elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,24 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
 from pipelines.config import TrackingConfig
 from pipelines.errors import RepsepError, UsageError
+from pipelines.progress import say
 from pipelines.storage import home, in_ray_job
 
-PARAM_BATCH = 100
+PARAM_BATCH, METRIC_BATCH = 100, 1000
+REFUSALS = (400, 404)
+"""HTTP statuses of those errors that stay the same however often one asks: a wrong value, a run that is not there."""
+
+
+class RefusedError(RepsepError):
+    """MLflow answered and will not have it: trying again is of no use."""
 
 
 def tracking_uri(config: TrackingConfig) -> str:
@@ -51,80 +65,163 @@ def client_for(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def fail_soon() -> None:
+    """Requests of this process fail within seconds instead of minutes: for who tries again anyway.
+
+    One retry of MLflow's own would also be a warning of urllib3's each time.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
+
 def start_run(
     config: TrackingConfig, name: str, *, tags: Mapping[str, str] | None = None, parent: str | None = None
 ) -> str:
     """A new run's id. Raises RepsepError where the tracking server does not answer."""
     uri = tracking_uri(config)
-    client = client_for(uri)
-    try:
+    with answering(uri):
+        client = client_for(uri)
         experiment = _experiment(client, config.experiment, uri)
         extra = {"mlflow.parentRunId": parent} if parent else {}
         run = client.create_run(experiment, run_name=name, tags=dict(tags or {}) | extra)
-    except MlflowException as error:
-        raise RepsepError(f"MLflow at {shown(uri)} cannot be used: {error.message}") from error
     run_id: str = run.info.run_id
     return run_id
 
 
 def run_exists(config: TrackingConfig, run_id: str) -> bool:
-    """Whether this tracking store has the run: it may be another store than when the run was started."""
+    """Whether this tracking store has the run: it may be another store than when the run was started.
+
+    Raises RepsepError where MLflow does not answer: that says nothing of the run.
+    """
+    uri = tracking_uri(config)
     try:
-        client_for(tracking_uri(config)).get_run(run_id)
-    except MlflowException:
+        with answering(uri):
+            client_for(uri).get_run(run_id)
+    except RefusedError:
         return False
     return True
 
 
-def shown(uri: str) -> str:
-    """A URI for people: without the user and password of a database."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+def shown(text: str) -> str:
+    """A URI, or a message that holds some, for people: without what stands for users and passwords."""
+    text = re.sub(r"://\S*@", "://", text)
+    return re.sub(r"(?i)\b(\w*(?:password|passwd|token|secret))=[^&\s]*", r"\1=***", text)
+
+
+@contextlib.contextmanager
+def answering(uri: str) -> Iterator[None]:
+    """What MLflow raises becomes a RepsepError. Its own text, and so the traceback, would hold the URI's password."""
+    try:
+        yield
+    except MlflowException as error:
+        kind = RefusedError if error.get_http_status_code() in REFUSALS else RepsepError
+        raise kind(f"MLflow at {shown(uri)} cannot be used: {shown(str(error.message))}") from None
 
 
 class RunLogger:
-    """One run. Values that MLflow cannot hold (NaN) are left out."""
+    """One run. Values that MLflow cannot hold (NaN) are left out, names get what it has instead of other characters.
+
+    Connects at the first call. Raises RepsepError where MLflow does not answer or refuses.
+    """
 
     def __init__(self, uri: str, run_id: str) -> None:
-        self.client, self.run_id = client_for(uri), run_id
+        self.uri, self.run_id = uri, run_id
+
+    @cached_property
+    def client(self) -> MlflowClient:
+        return client_for(self.uri)
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Nested settings as dotted names; those already there are left, for a resumed run has the same."""
-        known = self.client.get_run(self.run_id).data.params
-        flat = [Param(k, str(v)[:6000]) for k, v in flatten(values) if k not in known]
-        for start in range(0, len(flat), PARAM_BATCH):
-            self.client.log_batch(self.run_id, params=flat[start : start + PARAM_BATCH])
+        with answering(self.uri):
+            known = self.client.get_run(self.run_id).data.params
+            flat = [Param(k, str(v)[:6000]) for k, v in flatten(values) if k not in known]
+            for start in range(0, len(flat), PARAM_BATCH):
+                self.client.log_batch(self.run_id, params=flat[start : start + PARAM_BATCH])
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        now = int(time.time() * 1000)
-        found = [Metric(name, float(v), now, step) for name, v in values.items() if v == v]
-        self.client.log_batch(self.run_id, metrics=found)
+        self.write(measured(values, step))
+
+    def write(self, metrics: Sequence[Metric]) -> None:
+        """Metrics that were `measured` before, maybe long ago. The same ones twice are there once."""
+        with answering(self.uri):
+            for start in range(0, len(metrics), METRIC_BATCH):
+                self.client.log_batch(self.run_id, metrics=metrics[start : start + METRIC_BATCH])
 
     def tags(self, values: Mapping[str, str]) -> None:
-        self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in values.items()])
+        with answering(self.uri):
+            self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in values.items()])
 
     def dataset(self, uri: str, name: str, digest: str) -> None:
         """The dataset as an input of the run, by digest."""
         source = MetaDataset(source=HTTPDatasetSource(uri), name=name, digest=digest[:36])  # type: ignore[abstract]
-        entity = source._to_mlflow_entity()
-        self.client.log_inputs(self.run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
+        given = DatasetInput(source._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")])
+        with answering(self.uri):
+            self.client.log_inputs(self.run_id, [given])
 
     def artifact(self, file: Path, folder: str | None = None) -> None:
-        self.client.log_artifact(self.run_id, str(file), folder)
+        with answering(self.uri):
+            self.client.log_artifact(self.run_id, str(file), folder)
 
-    def text(self, content: str, name: str) -> None:
+    def content(self, data: bytes, name: str) -> None:
+        """An artifact from memory; `name` may hold folders."""
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / Path(name).name
-            path.write_text(content)
+            path.write_bytes(data)
             self.artifact(path, str(Path(name).parent) if "/" in name else None)
 
+    def text(self, content: str, name: str) -> None:
+        self.content(content.encode(), name)
+
     def finish(self, status: str = "FINISHED") -> None:
-        self.client.set_terminated(self.run_id, status)
+        """End the run. That MLflow is away is only said: what was computed is not lost for it."""
+        try:
+            with answering(self.uri):
+                self.client.set_terminated(self.run_id, status)
+        except RepsepError as error:
+            say(f"warning: the run {self.run_id} could not be marked {status}: {error}")
+
+
+def measured(values: Mapping[str, float], step: int) -> list[Metric]:
+    """Metrics as of now: when they are written does not matter."""
+    now = int(time.time() * 1000)
+    return [Metric(metric_name(name), float(v), now, step) for name, v in values.items() if v == v]
+
+
+def metric_name(name: str) -> str:
+    """A name that MLflow takes: ADE20K's classes hold `;` and `,`, others may start with a slash or be `..`."""
+    parts = [re.sub(r"[^\w\-. :]", "_", part, flags=re.ASCII) for part in name.split("/")]
+    return "/".join("_" if part in ("", ".", "..") else part for part in parts)[:250]
+
+
+class MachineMonitor:
+    """This machine by MLflow's own monitors (CPU, memory, disk, network, GPUs where there are any), named as it does.
+
+    Not by its SystemMetricsMonitor: that one gives up for good when the server is away once, and its warnings hold the
+    tracking URI with the password.
+    """
+
+    def __init__(self) -> None:
+        self.monitors: list[BaseMetricsMonitor] = []
+        for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
+            with contextlib.suppress(Exception):  # no GPU, no driver, no network: each has an error of its own
+                self.monitors.append(kind())
+        self.sample()  # the first CPU share would be since the beginning of time
+
+    def sample(self) -> dict[str, float]:
+        """As it is now; the CPU's share since the sample before, the network's traffic since the first."""
+        found: dict[str, float] = {}
+        for monitor in self.monitors:
+            monitor.collect_metrics()
+            found |= monitor.aggregate_metrics()
+            monitor.clear_metrics()
+        return {f"system/{name}": value for name, value in found.items()}
 
 
 def metric_history(config: TrackingConfig, run_id: str, name: str) -> list[tuple[int, float]]:
-    """(step, value) pairs in order of step; of values logged twice for a step the last."""
+    """(step, value) pairs in order of step; a step that was repeated after a resume has its latest value."""
     found = client_for(tracking_uri(config)).get_metric_history(run_id, name)
-    return sorted({m.step: m.value for m in found}.items())
+    return sorted({m.step: m.value for m in sorted(found, key=lambda m: m.timestamp)}.items())
 
 
 def child_run(config: TrackingConfig, parent: str, tag: str, value: str) -> str | None:
@@ -181,7 +278,7 @@ def registered_version(
         try:
             there = [m.name for m in client.search_registered_models(max_results=20)]
         except MlflowException as broken:
-            raise RepsepError(f"MLflow at {shown(uri)} cannot be used: {broken.message}") from broken
+            raise RepsepError(f"MLflow at {shown(uri)} cannot be used: {shown(str(broken.message))}") from None
         known = f"registered are: {', '.join(there)}" if there else "nothing is registered there yet"
         raise RepsepError(
             f"{wanted} is not in the registry at {shown(uri)}; {known}. Run `repsep register`, or give another --model"

@@ -1,8 +1,12 @@
-"""Distributed training with Ray Train: the stage. What every worker runs is in train_loop.py."""
+"""Distributed training with Ray Train: the stage. What every worker runs is in training/."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +18,15 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from pipelines import cluster, tracking
 from pipelines.config import ModelConfig, Recipe, TrainConfig
 from pipelines.dataset import Dataset, open_dataset
-from pipelines.errors import RepsepError, UsageError
-from pipelines.progress import say
+from pipelines.errors import RepsepError, StoppedError, UsageError
+from pipelines.models import FetchedModel, fetch_model
+from pipelines.progress import on_terminal, say
 from pipelines.stage import Receipt, StageRun, latest_receipt, run_stage
-from pipelines.train_loop import BEST, LoopSettings, segmentor_config, train_loop
+from pipelines.training.checkpoint_folder import BEST, CheckpointFolder, DamagedCheckpointError, step_of
+from pipelines.training.loop import train_loop
+from pipelines.training.worker import LoopSettings, segmentor_config
+from repsep_model.finetune import init_from
+from repsep_model.pretrained import CheckpointError
 from repsep_model.segmentor import build_segmentor
 
 PACKAGES = ("pipelines", "repsep_model")
@@ -26,19 +35,23 @@ PACKAGES = ("pipelines", "repsep_model")
 def train(workspace: str, recipe: Recipe) -> Receipt:
     """Run the stage: `<train>/model/` becomes the moving average with the best in-loop mIoU (the earliest on ties)."""
     config = recipe.train
-    check_batch(config, config.runtime.workers, "train.runtime.workers")
+    check_batch(config, config.runtime.most_workers, "train.runtime.workers")
     dataset = open_dataset(config.dataset or latest_receipt(workspace, "prepare").results["dataset"])
-    check_model(config.model, dataset.num_classes, config.augment.crop)
-    return run_stage(
-        "train",
-        workspace=workspace,
-        config=config,
-        inputs={"dataset": dataset.digest},
-        packages=PACKAGES,
-        lease=True,
-        begin=lambda: _begin(recipe),
-        body=lambda run: _fit(run, recipe, dataset),
-    )
+    check_model(config.model, dataset.num_classes, config.augment.crop, config.runtime.grad_checkpointing)
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(fetch_model(config.init_from, recipe.tracking)) if config.init_from else None
+        if source is not None:
+            check_init(config.model, source, dataset)
+        return run_stage(
+            "train",
+            workspace=workspace,
+            config=config,
+            inputs={"dataset": dataset.digest} | ({"init": source.digest} if source else {}),
+            packages=PACKAGES,
+            lease=True,
+            begin=lambda: _begin(recipe),
+            body=lambda run: _fit(run, recipe, dataset, source),
+        )
 
 
 def _begin(recipe: Recipe) -> dict[str, Any]:
@@ -53,13 +66,15 @@ def check_batch(config: TrainConfig, workers: int, key: str) -> None:
         )
 
 
-def check_model(model: ModelConfig, num_classes: int, crop: int) -> None:
+def check_model(model: ModelConfig, num_classes: int, crop: int, grad_checkpointing: bool = False) -> None:
     """Build it once without memory: a wrong backbone is a UsageError before a cluster is asked for."""
     try:
         with torch.device("meta"):
-            side = build_segmentor(segmentor_config(model, num_classes)).fixed_window
+            built = build_segmentor(segmentor_config(model, num_classes))
+        built.set_grad_checkpointing(grad_checkpointing)
     except ValueError as error:
         raise UsageError(f"train.model.backbone: {error}") from error
+    side = built.fixed_window
     if side is not None and crop > side:
         say(
             f"train: warning: {model.backbone} sees {side} x {side} pixels at once, a crop of {crop} goes to it in "
@@ -67,62 +82,91 @@ def check_model(model: ModelConfig, num_classes: int, crop: int) -> None:
         )
 
 
+def check_init(model: ModelConfig, source: FetchedModel, dataset: Dataset) -> None:
+    """Say what training will start from; a model of another architecture is a UsageError before a cluster is asked."""
+    with torch.device("meta"):
+        built = build_segmentor(segmentor_config(model, dataset.num_classes))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # only names and shapes
+            report = init_from(built, source.directory, dataset.class_names)
+    except (ValueError, CheckpointError) as error:
+        raise UsageError(f"train.init_from: {error}") from error
+    say(f"train: starts from {source.uri}: {report}")
+
+
 def trainer(settings: LoopSettings, *, storage: str, name: str, callbacks: list[Any] | None = None) -> Any:
     """A TorchTrainer over `train_loop`; the same (storage, name) resumes. gloo on CPU, NCCL on GPUs."""
     runtime = TrainConfig.model_validate(settings.config).runtime
     use_gpu = cluster.has_gpu() if runtime.gpu is None else runtime.gpu
+    uri = settings.tracking_uri
+
+    def loop(given: dict[str, Any]) -> dict[str, Any]:
+        return train_loop(LoopSettings(**given | {"tracking_uri": uri}), f"{storage}/{name}")
+
+    # Ray shows and stores the loop's config, so no password is in it; what a function holds only goes to the workers.
+    open_to_all = dataclasses.replace(settings, tracking_uri=tracking.shown(uri))
     return ray.train.torch.TorchTrainer(
-        train_loop,  # type: ignore[arg-type] # Ray hands what the loop returns to the driver, its hint says None
-        train_loop_config=settings.to_dict(),
+        loop,  # type: ignore[arg-type] # Ray hands what the loop returns to the driver, its hint says None
+        train_loop_config=dataclasses.asdict(open_to_all),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=runtime.workers,
+            num_workers=runtime.workers,  # type: ignore[arg-type] # the hint is that of Ray's first version
             use_gpu=use_gpu,
             resources_per_worker={"CPU": runtime.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=storage,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             failure_config=ray.train.FailureConfig(max_failures=runtime.max_failures),
             callbacks=callbacks or [],
         ),
     )
 
 
-def fit(fitted: Any) -> tuple[dict[str, Any], Any]:
-    """Run a trainer: its last metrics and checkpoint. Raises RepsepError with the first worker's reason."""
+def fit(fitted: Any) -> dict[str, Any]:
+    """Run a trainer: its last metrics. Raises RepsepError with the first worker's reason."""
     try:
-        result = fitted.fit()
+        with cluster.stoppable("training"):
+            result = fitted.fit()
     except TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {})
         reason = next(iter(failures.values()), error)
         raise RepsepError(f"training failed: {type(reason).__name__}: {reason}") from error
-    if (stopped := result.return_value) is not None:
+    if (stopped := result.return_value.get("stopped")) is not None:
         raise RepsepError(f"training stopped: {stopped}")
-    return result.metrics, result.checkpoint
+    metrics: dict[str, Any] = result.return_value["metrics"]
+    return metrics
 
 
-def _fit(run: StageRun, recipe: Recipe, dataset: Dataset) -> None:
+def _fit(run: StageRun, recipe: Recipe, dataset: Dataset, source: FetchedModel | None) -> None:
     config = recipe.train
     cluster.connect()
     uri = tracking.tracking_uri(recipe.tracking)
     for place, what in ((run.folder.uri, "the workspace"), (dataset.folder.uri, "the dataset"), (uri, "tracking.uri")):
         cluster.refuse_local(place, what)
-    cluster.require(config.runtime.workers * config.runtime.cpus_per_worker, "train.runtime.workers")
+    cluster.require(config.runtime.least_workers * config.runtime.cpus_per_worker, "train.runtime.workers")
     if not tracking.run_exists(recipe.tracking, run.started["mlflow_run"]):  # the tracking store is another by now
         run.restart(_begin(recipe))
     logger = tracking.RunLogger(uri, run.started["mlflow_run"])
     logger.params({"train": config.model_dump(mode="json")})
     logger.dataset(dataset.folder.uri, dataset.manifest["name"], dataset.digest)
+    if source is not None:  # here it stays as it is, whatever becomes of it there
+        (run.folder / "init").upload(source.directory)
     began = time.monotonic()
-    settings = LoopSettings(config.model_dump(mode="json"), dataset.folder.uri, uri, run.started["mlflow_run"])
+    settings = LoopSettings(
+        config.model_dump(mode="json"),
+        dataset.folder.uri,
+        uri,
+        run.started["mlflow_run"],
+        init=run.folder.uri_of("init") if source is not None else None,
+        driver_bar=on_terminal(),
+    )
     try:
-        metrics, checkpoint = fit(trainer(settings, storage=f"{run.folder.uri}/ray", name="run"))
-    except BaseException:
-        logger.finish("FAILED")
+        metrics = fit(trainer(settings, storage=f"{run.folder.uri}/ray", name="run"))
+        _take_best(run, CheckpointFolder(f"{run.folder.uri}/ray/run"), int(metrics["step"]))
+    except BaseException as error:
+        logger.finish("KILLED" if isinstance(error, StoppedError) else "FAILED")
         raise
-    with checkpoint.as_directory() as directory:
-        (run.folder / "model").upload(Path(directory) / BEST)
     logger.finish()
     run.outputs = [f"model/{entry.key}" for entry in (run.folder / "model").list()]
     run.results = {
@@ -135,3 +179,19 @@ def _fit(run: StageRun, recipe: Recipe, dataset: Dataset) -> None:
         "images_per_s": round(metrics["images_per_s"], 2),
         "train_seconds": round(time.monotonic() - began, 1),
     }
+
+
+def _take_best(run: StageRun, checkpoints: CheckpointFolder, last_step: int) -> None:
+    """The stage's model comes out of the last step's checkpoint, which training waited for."""
+    reason = "it is gone"
+    for name in checkpoints.names():
+        if step_of(name) == last_step:
+            with tempfile.TemporaryDirectory(prefix="repsep-model-") as temporary:
+                try:
+                    checkpoints.fetch(name, Path(temporary), below=f"{BEST}/")
+                except DamagedCheckpointError as error:
+                    reason = str(error)
+                    continue
+                (run.folder / "model").upload(Path(temporary) / BEST)
+                return
+    raise RepsepError(f"the checkpoint of the last step cannot be used: {reason}; the same command again mends it")

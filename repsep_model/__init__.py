@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from repsep_model.corruptions import corrupt
     from repsep_model.diagnostics import separation_report
     from repsep_model.export import ExportError, ExportReport, export_onnx, export_program
+    from repsep_model.finetune import FineTuneReport, init_from
     from repsep_model.inference import Segmentation, segment_image
     from repsep_model.losses import LossWeights, segmentation_loss
     from repsep_model.metrics import ConfusionMatrix
@@ -26,6 +27,7 @@ __all__ = [
     "ConfusionMatrix",
     "ExportError",
     "ExportReport",
+    "FineTuneReport",
     "LoadReport",
     "LossWeights",
     "Segmentation",
@@ -36,6 +38,7 @@ __all__ = [
     "corrupt",
     "export_onnx",
     "export_program",
+    "init_from",
     "load_pretrained",
     "load_segmentor",
     "save_segmentor",
@@ -50,6 +53,7 @@ _HOME = {
     "ConfusionMatrix": "metrics",
     "ExportError": "export",
     "ExportReport": "export",
+    "FineTuneReport": "finetune",
     "LoadReport": "pretrained",
     "LossWeights": "losses",
     "Segmentation": "inference",
@@ -60,6 +64,7 @@ _HOME = {
     "corrupt": "corruptions",
     "export_onnx": "export",
     "export_program": "export",
+    "init_from": "finetune",
     "load_pretrained": "pretrained",
     "load_segmentor": "checkpoint",
     "save_segmentor": "checkpoint",

@@ -60,6 +60,15 @@ class Backbone(nn.Module):
         """Image sides must be multiples of `multiple`; `window` is the one side that the model takes, if it is one."""
         self.model.prune_intermediate_layers(self.taps, prune_norm=True, prune_head=True)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """timm's verb. Raises ValueError for a model that has no such thing."""
+        try:
+            self.model.set_grad_checkpointing(enable)
+        except (AttributeError, AssertionError) as error:
+            if enable:
+                name = self.model.pretrained_cfg["architecture"]
+                raise ValueError(f"backbone {name!r} has no gradient checkpointing; leave it off") from error
+
     @property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Normalisation in 0..1 that the weights were trained with."""

@@ -8,6 +8,7 @@ Shapes: B batch, D width, K classes, h x w grid, N = h * w.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ class DiscriminativeCrossAttention(nn.Module):
         self.region_norm = nn.LayerNorm(width)
         self.region = nn.Linear(width, width)
         self.embed = nn.Sequential(ChannelNorm(width), nn.Conv2d(width, width, 1))
-        self.tau = nn.Parameter(torch.tensor(tau))
+        self.tau = nn.Parameter(torch.tensor([tau]))  # one value, but no scalar: fully_shard takes none
 
     def forward(self, f_BDhw: Tensor) -> Regions:
         B, _, h, w = f_BDhw.shape
@@ -73,3 +74,9 @@ class DiscriminativeCrossAttention(nn.Module):
         embedded_BDN = self.embed(f_BDhw).flatten(2)
         cosine_BKN = F.normalize(regions_BKD.float(), dim=2) @ F.normalize(embedded_BDN.float(), dim=1)
         return Regions(regions_BKD, (self.tau * cosine_BKN).view(B, -1, h, w), attention_BKN.view(B, -1, h, w))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        name = f"{prefix}tau"
+        if name in state_dict:  # models that were saved with a scalar
+            state_dict[name] = state_dict[name].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

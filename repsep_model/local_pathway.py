@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from repsep_model.layers import ChannelMlp, ChannelNorm, pad_replicate, resize
 
@@ -105,9 +106,13 @@ class LocalPathway(nn.Module):
             LocalSeparationBlock(width, c, enhance_discrepancy=enhance_discrepancy, uniform_smoothing=uniform_smoothing)
             for c in tap_channels
         )
+        self.grad_checkpointing = False
 
     def forward(self, images_B3HW: Tensor, taps: Sequence[Tensor]) -> Tensor:
         p_BDhw: Tensor = self.stem(images_B3HW)
         for block, tap in zip(self.blocks, taps, strict=True):
-            p_BDhw = block(p_BDhw, tap)
+            if self.grad_checkpointing and self.training:
+                p_BDhw = checkpoint(block, p_BDhw, tap, use_reentrant=False)
+            else:
+                p_BDhw = block(p_BDhw, tap)
         return p_BDhw

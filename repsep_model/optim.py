@@ -68,11 +68,18 @@ class Ema:
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
+    @classmethod
+    def of(cls, average: nn.Module, decay: float) -> Ema:
+        """Takes a copy that the caller made: a sharded model cannot be copied, but a second one sharded alike."""
+        ema = cls.__new__(cls)
+        ema.decay, ema.model = decay, average.eval().requires_grad_(False)
+        return ema
+
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for average, current in zip(self.model.parameters(), model.parameters(), strict=True):
-            average.lerp_(current.detach(), 1 - decay)
+        # One call: hundreds of small ones would leave a GPU waiting.
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
         for buffer, latest in zip(self.model.buffers(), model.buffers(), strict=True):
             buffer.copy_(latest)
 

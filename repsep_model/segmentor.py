@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from repsep_model.backbone import Backbone
 from repsep_model.config import SegmentorConfig
@@ -128,6 +129,7 @@ class Segmentor(nn.Module):
         supervised = layers > 0 and config.attention_supervision
         self.identity_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1)) if supervised else None
         self.embedding_head = nn.Conv2d(width, EMBEDDING, 1) if config.separation != "none" else None
+        self.grad_checkpointing = False
 
     def forward(self, images: Tensor) -> SegmentorOutput:
         logits_BKhw, aux = self._forward_stride(images)
@@ -142,6 +144,16 @@ class Segmentor(nn.Module):
         features, _, _ = self._features(self._prepare(images))
         return features
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Training keeps less: what the backbone's blocks and our parts compute is computed again for its gradient.
+
+        Raises ValueError for a backbone that cannot.
+        """
+        self.backbone.set_grad_checkpointing(enable)
+        self.grad_checkpointing = enable
+        if self.local_pathway is not None:
+            self.local_pathway.grad_checkpointing = enable
+
     def for_inference(self) -> Segmentor:
         """A copy in eval mode without the training-only parts; its logits are the same to the bit."""
         model = copy.deepcopy(self)
@@ -155,7 +167,7 @@ class Segmentor(nn.Module):
         logits = self.classifier(features.separated_BDhw).float()
         regions = None
         if self.cross_attention is not None:
-            regions = self.cross_attention(features.separated_BDhw)
+            regions = self._run(self.cross_attention, features.separated_BDhw)
             logits = logits + regions.scores_BKhw
         if not self.training:
             return logits, None
@@ -186,8 +198,13 @@ class Segmentor(nn.Module):
         separated = fused
         if self.separation is not None:
             context = fused if local is None else torch.cat([fused, local], dim=1)
-            separated = self.separation(fused, context, coarse)
+            separated = self._run(self.separation, fused, context, coarse)
         return Features(taps, fused, separated), local, coarse
+
+    def _run(self, part: nn.Module, *args: Tensor | None) -> Any:
+        if self.grad_checkpointing and self.training:
+            return checkpoint(part, *args, use_reentrant=False)
+        return part(*args)
 
     def _prepare(self, images: Tensor) -> Tensor:
         """Normalise, then pad right and below with zeros (the mean colour) to multiples of patch and stride."""

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, floor
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as TF
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
 
+from repsep_model import photometric
 from repsep_model.images import UInt8
 from repsep_model.labels import IGNORE_INDEX
 
 Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
 CROP_TRIES = 10
 
@@ -76,31 +78,28 @@ def class_probabilities(pixels: Sequence[int], temperature: float) -> Floats:
 def augment(
     image: UInt8, mask: UInt8, rng: np.random.Generator, how: Augmentation, fill: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """(H, W, 3) and (H, W) uint8 -> (3, S, S) and (S, S) uint8. Pads with the mean colour `fill` and IGNORE_INDEX."""
+    """(H, W, 3) and (H, W) uint8 -> (3, S, S) and (S, S) uint8. Pads with the mean colour `fill` and IGNORE_INDEX.
+
+    The same as to scale the whole image and then to cut the crop from it; only what the crop shows is computed.
+    """
     height, width = mask.shape
     scale = float(np.exp(rng.uniform(*np.log(how.scale))))
-    size = [max(1, round(height * scale)), max(1, round(width * scale))]
-    # Read-only memory, such as a memory map's, is copied: torch wants it writable.
-    pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
-    labels = torch.from_numpy(np.require(mask, requirements=["C", "W"]))[None]
-    if size != [height, width]:
-        pixels = TF.resize(pixels, size, InterpolationMode.BILINEAR, antialias=scale < 1)
-        # Plain NEAREST takes the corners of pixels for their centres: labels half a pixel beside the image.
-        labels = TF.resize(labels, size, InterpolationMode.NEAREST_EXACT)
-    top, left = _choose_crop(labels[0].numpy(), how, rng)
+    rows, columns = (_centres(n, max(1, round(n * scale))) for n in (height, width))
+    top, left = _choose_crop(mask, rows, columns, how, rng)
     side = how.crop
-    pixels, labels = pixels[:, top : top + side, left : left + side], labels[:, top : top + side, left : left + side]
+    labels = _taken(mask, rows[top : top + side], columns[left : left + side])
+    box = (top, top + labels.shape[0], left, left + labels.shape[1])
     flip = rng.random() < how.flip
-    pixels = _photometric(pixels, rng, how.photometric)
-    below, right = side - pixels.shape[1], side - pixels.shape[2]
-    if below or right:
-        padded = torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1).repeat(1, side, side)
-        padded[:, : side - below, : side - right] = pixels
-        pixels = padded
-        labels = TF.pad(labels, [0, 0, right, below], fill=[IGNORE_INDEX])
+    pixels = np.asarray(_photometric(_scaled(image, (len(rows), len(columns)), box), rng, how.photometric))
+    if labels.shape != (side, side):
+        pixels, labels = (
+            _padded(pixels, side, np.asarray(fill, np.uint8)),
+            _padded(labels, side, np.uint8(IGNORE_INDEX)),
+        )
     if flip:
-        pixels, labels = pixels.flip(2), labels.flip(2)
-    return pixels.contiguous(), labels[0].contiguous()
+        pixels, labels = pixels[:, ::-1], labels[:, ::-1]
+    # Copied where they are Pillow's or turned: torch wants memory that is contiguous and writable.
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), torch.from_numpy(labels.copy())
 
 
 def canvas(image: UInt8, multiple: int, fill: Sequence[int]) -> UInt8:
@@ -114,34 +113,76 @@ def canvas(image: UInt8, multiple: int, fill: Sequence[int]) -> UInt8:
     return out
 
 
-def _choose_crop(scaled: UInt8, how: Augmentation, rng: np.random.Generator) -> tuple[int, int]:
+def _centres(source: int, target: int) -> Indices:
+    """(target,): the source's row in which the middle of each scaled row lies.
+
+    To take the rows at their corners, as many resize functions do, leaves the labels half a pixel beside the image.
+    """
+    return (2 * np.arange(target) + 1) * source // (2 * target)
+
+
+def _taken(mask: UInt8, rows: Indices, columns: Indices) -> UInt8:
+    return mask[rows].take(columns, axis=1)
+
+
+def _choose_crop(
+    mask: UInt8, rows: Indices, columns: Indices, how: Augmentation, rng: np.random.Generator
+) -> tuple[int, int]:
+    """Top and left of the crop in the scaled mask, which these rows and columns make."""
     for _ in range(CROP_TRIES):
-        top = int(rng.integers(max(scaled.shape[0] - how.crop, 0) + 1))
-        left = int(rng.integers(max(scaled.shape[1] - how.crop, 0) + 1))
-        crop = scaled[top : top + how.crop, left : left + how.crop]
-        counts: NDArray[np.int64] = np.bincount(crop.ravel(), minlength=256)[:IGNORE_INDEX]
-        if counts.sum() and counts.max() <= how.max_class_share * counts.sum():
+        top = int(rng.integers(max(len(rows) - how.crop, 0) + 1))
+        left = int(rng.integers(max(len(columns) - how.crop, 0) + 1))
+        crop = _taken(mask, rows[top : top + how.crop], columns[left : left + how.crop])
+        counts = Image.fromarray(crop).histogram()[:IGNORE_INDEX]
+        total = sum(counts)
+        if total and max(counts) <= how.max_class_share * total:
             break
     return top, left
 
 
-def _photometric(pixels: Tensor, rng: np.random.Generator, probability: float) -> Tensor:
+def _scaled(image: UInt8, size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
+    """The box (top, bottom, left, right) of the image scaled to `size`: bilinear, antialiased where it shrinks."""
+    top, bottom, left, right = box
+    if size == image.shape[:2]:
+        return Image.fromarray(np.ascontiguousarray(image[top:bottom, left:right]))
+    first_row, last_row, above, below = _window(top, bottom, size[0], image.shape[0])
+    first_column, last_column, before, behind = _window(left, right, size[1], image.shape[1])
+    part = Image.fromarray(np.ascontiguousarray(image[first_row:last_row, first_column:last_column]))
+    return part.resize((right - left, bottom - top), Image.Resampling.BILINEAR, (before, above, behind, below))
+
+
+def _window(start: int, stop: int, target: int, source: int) -> tuple[int, int, float, float]:
+    """What of the source's rows the scaled rows start..stop-1 need, and where within it they begin and end."""
+    factor = source / target
+    reach = max(factor, 1) + 1  # of the bilinear filter, and one for rounding
+    first, last = max(0, floor(start * factor - reach)), min(source, ceil(stop * factor + reach))
+    return first, last, start * factor - first, min(stop * factor - first, last - first)
+
+
+def _padded(array: UInt8, side: int, value: UInt8 | np.uint8) -> UInt8:
+    out = np.empty((side, side, *array.shape[2:]), np.uint8)
+    out[:] = value
+    out[: array.shape[0], : array.shape[1]] = array
+    return out
+
+
+def _photometric(image: Image.Image, rng: np.random.Generator, probability: float) -> Image.Image:
     """Brightness, contrast, saturation and hue, each with `probability`; contrast before or after the last two.
 
     The order is SSD's, the ranges are milder.
     """
     draws = rng.random(4) < probability
-    brightness, contrast, saturation = rng.uniform(0.7, 1.3, 3)
-    hue = rng.uniform(-0.05, 0.05)
+    brightness, contrast, saturation = rng.uniform(0.7, 1.3, 3).tolist()
+    hue = float(rng.uniform(-0.05, 0.05))
     contrast_first = rng.random() < 0.5
     if draws[0]:
-        pixels = TF.adjust_brightness(pixels, float(brightness))
+        image = photometric.adjust_brightness(image, brightness)
     if draws[1] and contrast_first:
-        pixels = TF.adjust_contrast(pixels, float(contrast))
+        image = photometric.adjust_contrast(image, contrast)
     if draws[2]:
-        pixels = TF.adjust_saturation(pixels, float(saturation))
+        image = photometric.adjust_saturation(image, saturation)
     if draws[3]:
-        pixels = TF.adjust_hue(pixels, float(hue))
+        image = photometric.adjust_hue(image, hue)
     if draws[1] and not contrast_first:
-        pixels = TF.adjust_contrast(pixels, float(contrast))
-    return pixels
+        image = photometric.adjust_contrast(image, contrast)
+    return image

@@ -17,7 +17,19 @@ ABOVE = {"repsep_model": ("pipelines", "jobs"), "pipelines": ("jobs",), "jobs": 
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 LIBRARY_KNOWS_NOTHING_OF = ("ray", "mlflow", "click", "fsspec", "s3fs")
 KNOW_MLFLOW = ("tracking.py", "register.py", "served_model.py")
-KNOW_RAY = ("cluster.py", "evaluate.py", "job.py", "sweep.py", "train.py", "train_loop.py")
+KNOW_RAY = (
+    "cluster.py",
+    "evaluate.py",
+    "halving.py",
+    "job.py",
+    "loop.py",
+    "placement.py",
+    "preemption.py",
+    "telemetry.py",
+    "train.py",
+    "trials.py",
+    "worker.py",
+)
 VAGUE = ("utils", "util", "common", "helpers", "helper", "misc", "manager")
 
 

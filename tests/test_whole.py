@@ -145,7 +145,7 @@ def test_a_sweep_leaves_a_table_a_plot_and_a_recipe_that_train_takes(
         "workspace": str(tmp_path / "ws"),
         "prepare": {"source": str(scenes)},
         "train": {"model": TINY_MODEL, "batch_size": 4, "steps": 8, "augment": {"crop": 64}},
-        "sweep": {"trials": 3, "steps": 8, "validate_every": 4, "search": {"backbones": [other]}},
+        "sweep": {"trials": 3, "steps": 8, "validate_every": 4, "confirm_seeds": 0, "search": {"backbones": [other]}},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     done = run([str(BIN / "repsep"), "sweep", "--config", str(tmp_path / "recipe.yaml"), "--json"], environment)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from repsep_model import LossWeights, Segmentor, SegmentorConfig, segmentation_loss
 from repsep_model.layers import pad_replicate
 from repsep_model.losses import total_loss
+from repsep_model.optim import Ema, parameter_groups
 from repsep_model.separation import separation_direction
+from repsep_model.training import StepSettings, TrainState, train_step
 from tests.model.tiny import FAMILIES, PVT, VIT, K, family_segmentor, random_images, random_labels, tiny_segmentor
 
 SIZE = (49, 63)
@@ -86,6 +88,42 @@ def test_default_backend_trains_and_infers_as_eager(
     images = random_images(2, *SIZE)
     with torch.no_grad():
         torch.testing.assert_close(compiled(images).logits, model(images).logits, rtol=1e-4, atol=1e-5)
+
+
+def train(backend: str | None, *, grad_checkpointing: bool) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """Five steps of a model that is compiled in place, if at all: its reports and its moving average."""
+    model = tiny_segmentor(drop_path=0.0).train()
+    names = list(model.state_dict())
+    model.set_grad_checkpointing(grad_checkpointing)
+    if backend is not None:
+        model.compile(fullgraph=True, backend=backend)
+    groups = parameter_groups(model, lr=1e-3, weight_decay=0.0, layer_decay=0.9, head_lr_scale=1.0)
+    state = TrainState(model, model, torch.optim.SGD(groups, lr=1e-3), Ema(model, 0.9))
+    settings = StepSettings(WEIGHTS, total_steps=5, warmup_steps=0, clip=1.0, bf16=False, seed=0)
+    batches = [(random_images(1, 48, 48, seed=i), random_labels(1, 48, 48, seed=i)) for i in range(2)]
+    reports = [train_step(state, batches, settings) for _ in range(5)]
+    assert list(model.state_dict()) == names, "a checkpoint of a compiled model is one of the model"
+    return reports, state.ema.state_dict()
+
+
+def assert_steps_as_eager(backend: str, *, grad_checkpointing: bool) -> None:
+    expected, average = train(None, grad_checkpointing=False)
+    reports, found = train(backend, grad_checkpointing=grad_checkpointing)
+    for report, eager in zip(reports, expected, strict=True):
+        assert report == pytest.approx(eager, rel=1e-4)
+    torch.testing.assert_close(found, average, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+def test_steps_of_a_model_compiled_in_place_are_eagers(grad_checkpointing: bool) -> None:
+    assert_steps_as_eager("aot_eager", grad_checkpointing=grad_checkpointing)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs a C++ compiler")
+def test_steps_with_the_default_backend_are_eagers(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert_steps_as_eager("inductor", grad_checkpointing=False)
 
 
 @torch.no_grad()

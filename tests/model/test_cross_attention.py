@@ -87,3 +87,9 @@ def test_flat_and_extreme_features_give_finite_scores_and_gradients(level: float
     assert found.scores_BKhw.isfinite().all()
     assert f.grad is not None
     assert f.grad.isfinite().all()
+
+
+def test_models_saved_with_a_scalar_tau_load() -> None:
+    module = attention()
+    module.load_state_dict(module.state_dict() | {"tau": torch.tensor(2.5)})
+    assert module.tau.tolist() == [2.5]

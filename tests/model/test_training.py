@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from repsep_model import ConfusionMatrix, LossWeights, segmentation_loss
+from repsep_model import ConfusionMatrix, LossWeights, segment_image, segmentation_loss
 from repsep_model.images import UInt8
 from repsep_model.labels import IGNORE_INDEX
 from repsep_model.losses import term_names
@@ -284,8 +284,9 @@ def test_non_finite_loss_stops_before_anything_is_updated() -> None:
     images, labels = uneven_batch()
     poisoned = images.float()
     poisoned[0, 0, 0, 0] = float("inf")
-    with pytest.raises(NonFiniteLossError, match=r"at step 0: lower the learning rate"):
+    with pytest.raises(NonFiniteLossError, match=r"at step 0: lower the learning rate") as caught:
         train_step(state, [(poisoned, labels)], SETTINGS)
+    assert caught.value.step == 0
     assert_same_bits(weights_of(state), before)
     assert_same_bits(state.ema.state_dict(), average)
     assert state.step == 0
@@ -361,6 +362,19 @@ def test_validation_of_shares_adds_up_to_that_of_all() -> None:
     whole = validate(model, samples, bf16=False).counts
     others = validate(model, samples[2:], bf16=False).counts
     assert torch.equal(validate(model, samples[:2], bf16=False, all_reduce=lambda t: t.add_(others)).counts, whole)
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(0, 0), (2, 2), (9, 3)])
+def test_validation_keeps_the_first_images_with_what_the_model_makes_of_them(keep: int, expected: int) -> None:
+    model, samples = tiny_segmentor().eval(), samples_of_odd_sizes()
+    kept: list[tuple[UInt8, UInt8, UInt8]] = []
+    counts = validate(model, samples, bf16=False, keep=keep, kept=kept).counts
+    assert torch.equal(counts, validate(model, samples, bf16=False).counts)
+    assert len(kept) == expected
+    for (image, mask, labels), sample in zip(kept, samples, strict=False):
+        assert image is sample[0]
+        assert mask is sample[1]
+        np.testing.assert_array_equal(labels, segment_image(model, image).labels)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 
+from repsep_model import photometric
 from repsep_model.images import UInt8
 from repsep_model.labels import IGNORE_INDEX
 from repsep_model.transforms import Augmentation, augment, canvas, class_probabilities, sample_rng
@@ -110,6 +112,50 @@ def test_scaled_image_and_mask_stay_aligned() -> None:
     assert len(scales) > 6
 
 
+def resized_then_cropped(
+    source: tuple[UInt8, UInt8], rng: np.random.Generator, how: Augmentation
+) -> tuple[Tensor, Tensor]:
+    """The reference, by torchvision: scale all of it, cut the crop out, pad, flip. No photometric distortion."""
+    image, mask = source
+    scale = float(np.exp(rng.uniform(*np.log(how.scale))))
+    size = [max(1, round(n * scale)) for n in mask.shape]
+    pixels = TF.resize(torch.from_numpy(image).permute(2, 0, 1), size, InterpolationMode.BILINEAR, antialias=True)
+    labels = TF.resize(torch.from_numpy(mask)[None], size, InterpolationMode.NEAREST_EXACT)
+    for _ in range(10):
+        top, left = (int(rng.integers(max(n - how.crop, 0) + 1)) for n in size)
+        window = (..., slice(top, top + how.crop), slice(left, left + how.crop))
+        counts = torch.bincount(labels[window].flatten(), minlength=256)[:IGNORE_INDEX]
+        if counts.sum() and counts.max() <= how.max_class_share * counts.sum():
+            break
+    right_and_below = [0, 0, max(how.crop - size[1], 0), max(how.crop - size[0], 0)]
+    cut = torch.cat([pixels[window].float(), labels[window].float()])
+    filled = torch.stack([TF.pad(c[None], right_and_below, fill=f)[0] for c, f in zip(cut, (*FILL, 255), strict=True)])
+    if rng.random() < how.flip:
+        filled = filled.flip(2)
+    return filled[:3].byte(), filled[3].byte()
+
+
+@pytest.mark.parametrize("size", [(149, 211), (97, 64), (361, 479), (50, 300), (17, 23)])
+def test_only_scaling_the_crop_is_the_same_as_scaling_all_of_it(size: tuple[int, int]) -> None:
+    for index in range(12):
+        how = replace(GEOMETRY, scale=(0.3, 2.5))
+        pixels, labels = crop(blocks(*size), how, index=index)
+        expected = resized_then_cropped(blocks(*size), sample_rng(0, 0, index), how)
+        difference = (pixels.int() - expected[0].int()).abs()
+        assert difference.max() <= 2, "the image is computed in whole levels twice, once for each direction"
+        assert (difference > 1).float().mean() < 0.001
+        assert (difference > 0).float().mean() < 0.2
+        assert torch.equal(labels, expected[1])
+
+
+def test_rows_whose_middle_lies_between_two_are_the_later_one() -> None:
+    """In floating point it would be either, by the size: two thirds of 6 rows fall on a border in every third."""
+    mask = np.arange(6, dtype=np.uint8)[:, None].repeat(64, axis=1)
+    how = replace(GEOMETRY, scale=(1.5, 1.5), flip=0.0)
+    _, labels = crop((np.zeros((6, 64, 3), np.uint8), mask), how)
+    assert labels[:9, 0].tolist() == [0, 1, 1, 2, 3, 3, 4, 5, 5]
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("scale", [0.5, 0.61, 0.83, 0.97, 1.0, 1.21, 1.37, 1.93, 2.0])
 def test_labels_change_exactly_where_the_scaled_image_does(scale: float, axis: int) -> None:
@@ -181,7 +227,7 @@ def test_photometric_distortion_changes_colours_and_no_label() -> None:
 def test_contrast_comes_before_or_after_the_colours(probability: float, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     for name in ("brightness", "contrast", "saturation", "hue"):
-        monkeypatch.setattr(TF, f"adjust_{name}", lambda pixels, factor, name=name: called.append(name) or pixels)
+        monkeypatch.setattr(photometric, f"adjust_{name}", lambda image, by, name=name: called.append(name) or image)
     first = ("brightness", "contrast", "saturation", "hue")
     last = ("brightness", "saturation", "hue", "contrast")
     orders = []

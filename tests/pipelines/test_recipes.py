@@ -12,12 +12,12 @@ import torch
 from pipelines.config import RECIPES, load_recipe
 from pipelines.label_maps import LabelMap
 from pipelines.native_layouts import NATIVE
-from pipelines.train_loop import loss_weights, segmentor_config
+from pipelines.training.worker import loss_weights, segmentor_config
 from repsep_model.segmentor import build_segmentor
 from repsep_model.transforms import Augmentation
 
 ALL = sorted(RECIPES.glob("*.yaml"))
-GENERATED = ("demo", "sweep")
+GENERATED = ("demo", "sweep", "sweep-camvid")
 
 
 @dataclass(frozen=True)

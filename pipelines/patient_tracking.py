@@ -1,0 +1,117 @@
+"""A run in MLflow that cannot stop a training nor slow it: calls return at once, a thread writes.
+
+While MLflow is away what is due is kept, within bounds, and tried again; that is said once. Metrics keep the time at
+which they were measured.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines.progress import say
+from pipelines.tracking import RefusedError, RunLogger, fail_soon, measured, shown
+
+METRICS_KEPT, FILES_KEPT = 50_000, 16
+BATCH = 1000
+LONGEST_PAUSE_S = 30.0
+
+
+class PatientLogger:
+    """Metrics and small files of one run. Beyond what is kept the oldest are lost, and counted.
+
+    Start it in a process that needs MLflow for nothing else: its requests fail soon there.
+    """
+
+    def __init__(self, logger: RunLogger, *, metrics_kept: int = METRICS_KEPT, pause_s: float = 1.0) -> None:
+        self.logger, self.metrics_kept, self.pause_s = logger, metrics_kept, pause_s
+        self.lost = 0
+        self._metrics: deque[Any] = deque()
+        self._files: deque[tuple[str, bytes]] = deque()
+        self._under_way = 0
+        self._changed = threading.Condition()
+        self._closing = self._refused = False
+        fail_soon()
+        self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self._add(self._metrics, measured(values, step))
+
+    def file(self, data: bytes, name: str) -> None:
+        """An artifact; `name` may hold folders."""
+        self._add(self._files, [(name, data)])
+
+    def close(self, within_s: float = 30.0) -> None:
+        """A last attempt, and no longer than `within_s`; says what was not written."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(within_s)
+        with self._changed:
+            missing = self.lost + self._under_way + len(self._metrics) + len(self._files)
+        if missing:
+            say(f"warning: {missing} metrics and pictures of the run {self.logger.run_id} were not written to MLflow")
+
+    def _add(self, queue: deque[Any], items: list[Any], *, front: bool = False) -> None:
+        with self._changed:
+            queue.extendleft(reversed(items)) if front else queue.extend(items)
+            bound = FILES_KEPT if queue is self._files else self.metrics_kept
+            while len(queue) > bound:
+                queue.popleft()
+                self.lost += 1
+            self._changed.notify_all()
+
+    def _write(self) -> None:
+        pause, away = self.pause_s, False
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._metrics or self._files or self._closing)
+                last = self._closing
+            try:
+                self._round()
+            except Exception as error:  # of MLflow, a database driver, the store of the artifacts: none may end the run
+                if not away:
+                    say(f"warning: MLflow cannot be written to, training goes on: {shown(str(error))[:400]}")
+                away = True
+                if not last:
+                    with self._changed:
+                        self._changed.wait_for(lambda: self._closing, timeout=pause)
+                    pause = min(2 * pause, LONGEST_PAUSE_S)
+            else:
+                if away:
+                    say("MLflow can be written to again; what was due is there")
+                pause, away = self.pause_s, False
+            if last:
+                return
+
+    def _round(self) -> None:
+        """Write all that is due, metrics first."""
+        self._empty(self._metrics, BATCH, self.logger.write)
+        self._empty(self._files, 1, self._write_files)
+
+    def _write_files(self, files: list[tuple[str, bytes]]) -> None:
+        for name, data in files:
+            self.logger.content(data, name)
+
+    def _empty(self, queue: deque[Any], size: int, write: Any) -> None:
+        while True:
+            with self._changed:
+                batch = [queue.popleft() for _ in range(min(size, len(queue)))]
+                self._under_way = len(batch)
+            if not batch:
+                return
+            try:
+                write(batch)
+            except RefusedError as error:
+                self.lost += len(batch)
+                if not self._refused:
+                    say(f"warning: {error}")
+                self._refused = True
+            except BaseException:
+                self._add(queue, batch, front=True)
+                raise
+            finally:
+                self._under_way = 0
