@@ -30,8 +30,8 @@ def driver_killed(bench: Bench) -> Iterator[Line]:
     cluster = bench.on(2)
     run = bench.place.run(cluster, "driver", runtime={}, submit=True)
     run.wait_for_step(EVERY + 3)
-    (driver,) = cluster.processes("benchmarks.training_runs " + str(run.recipe))
-    os.kill(driver, signal.SIGKILL)
+    for pid in cluster.processes("benchmarks.training_runs " + str(run.recipe)):  # the driver and the job's shell
+        os.kill(pid, signal.SIGKILL)
     first = run.wait()
     run = bench.place.run(cluster, "driver", runtime={}, submit=True).done()
     injected = f"SIGKILL after step {EVERY + 3}, `ray job submit` again (first exit code {first})"

@@ -170,17 +170,22 @@ class Split:
         return self.reader.read(shard, group - int(self.first_groups[shard]), columns)
 
     def share(self, rank: int, world_size: int, limit: int | None = None) -> Iterator[tuple[str, UInt8, UInt8]]:
-        """(key, image, mask) of every world_size-th row: each row is in exactly one share, none is repeated."""
-        number = 0
-        stop = len(self) if limit is None else limit
+        """(key, image, mask) of the rank's run of neighbouring rows: each row is in exactly one share."""
+        total = len(self) if limit is None else min(limit, len(self))
+        first, stop = self.share_of(total, rank, world_size)
         for group in range(self.num_groups):
-            mine = [int(row) for i, row in enumerate(self.rows(group), number) if i % world_size == rank and i < stop]
-            number += len(self.rows(group))
-            if mine:
+            start = int(self.starts[group])
+            rows = self.rows(group)[max(first - start, 0) : max(stop - start, 0)]
+            if len(rows):
                 table = self.read(group)
-                for row in mine:
+                for row in rows.tolist():
                     key, image, mask = (table[name][row].as_py() for name in SAMPLE)
                     yield key, decode_image(image), decode_mask(mask)
+
+    @staticmethod
+    def share_of(total: int, rank: int, world_size: int) -> tuple[int, int]:
+        """The first of the rank's rows among `total`, and the first of the next rank's."""
+        return total * rank // world_size, total * (rank + 1) // world_size
 
     def masks(self, limit: int) -> Iterator[UInt8]:
         """At most `limit` masks, taken evenly; no image is read."""

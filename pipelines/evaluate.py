@@ -173,8 +173,8 @@ def _evaluate_share(
     every = max(1, len(part) // config.overlays) if config.overlays else 0
     segmenting: dict[str, Any] = config.model_dump(include=set(SEGMENTING))
     found = []
-    for i, (key, image, mask) in enumerate(part.share(rank, workers)):
-        number = i * workers + rank
+    first, _ = part.share_of(len(part), rank, workers)
+    for number, (key, image, mask) in enumerate(part.share(rank, workers), first):
         labels = segment_image(model, image, **segmenting).labels
         shown = bool(config.overlays) and number % every == 0 and number // every < config.overlays
         picture = encoded(triptych((image, mask, labels), dataset.colours), "JPEG") if shown else None

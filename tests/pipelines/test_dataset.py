@@ -50,6 +50,17 @@ def test_shares_cover_each_row_exactly_once(dataset: Dataset, ranks: int) -> Non
     assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
+def test_a_row_group_is_read_by_one_rank_but_at_the_borders(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    split, reads = dataset.split("train"), []
+    read = split.read
+    monkeypatch.setattr(split, "read", lambda group, *columns: reads.append(group) or read(group, *columns))
+    for rank in range(3):
+        list(split.share(rank, 3))
+    assert split.num_groups > 3
+    assert set(reads) == set(range(split.num_groups))
+    assert len(reads) <= split.num_groups + 2
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_limit_takes_the_first_rows_however_many_ranks_there_are(dataset: Dataset, ranks: int) -> None:
     split = dataset.split("train")
