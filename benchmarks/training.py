@@ -38,6 +38,7 @@ from benchmarks.training_store import CheckpointProxy
 
 FAULTS: dict[str, Callable[[Bench], Iterator[Line]]] = {
     "worker": training_faults.worker_killed,
+    "three": training_faults.one_of_three_killed,
     "driver": training_faults.driver_killed,
     "half": training_damage.half_written,
     "nan": training_damage.nan_loss,

@@ -25,6 +25,17 @@ def worker_killed(bench: Bench) -> Iterator[Line]:
     yield compared(bench, run.done(), "worker lost", f"SIGKILL to one of 2 after step {EVERY + 2}")
 
 
+def one_of_three_killed(bench: Bench) -> Iterator[Line]:
+    """Three numbers can be added in three orders: the sums must be those of the undisturbed run's."""
+    runtime = {"workers": 3, "cpus_per_worker": 0.5}
+    bench.reference("three", runtime=runtime)
+    cluster = bench.on(2)
+    run = bench.place.run(cluster, "worker-of-three", runtime=runtime)
+    run.wait_for_step(EVERY + 2)
+    os.kill(cluster.workers()[1], signal.SIGKILL)
+    yield compared(bench, run.done(), "worker lost", f"SIGKILL to one of 3 after step {EVERY + 2}", "three")
+
+
 def driver_killed(bench: Bench) -> Iterator[Line]:
     bench.reference()
     cluster = bench.on(2)
@@ -54,8 +65,8 @@ ELASTIC: dict[str, Any] = {
     "model": TRAIN["model"] | {"drop_path": 0.0},  # its draws depend on the rank
     "bf16": False,
     "batch_size": 8,
-    "steps": 60,
-    "validate_every": 6,
+    "steps": 300,  # Ray learns of a new node only every 20 s
+    "validate_every": 30,
 }
 
 

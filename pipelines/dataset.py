@@ -146,10 +146,13 @@ class Split:
     def held_out(self, share: float, seed: int, *, inside: bool) -> Split:
         """The part of this split that is (or is not) in a held-out share of its groups."""
         part = Split(self.folder, self.shards, self.group_pattern, self.reader.cache)
+        reader = ShardReader(self.folder, self.shards)  # keys are a small part: no shard comes into a cache for them
         kept = []
         for number in range(self.num_groups):
-            own_folder = self.shards[self.shard_of(number)]["file"].partition("/")[0]  # the split's
-            below = [k.removeprefix(f"{own_folder}/") for k in self.read(number, ["key"])["key"].to_pylist()]
+            shard = self.shard_of(number)
+            own_folder = self.shards[shard]["file"].partition("/")[0]  # the split's
+            keys = reader.read(shard, number - int(self.first_groups[shard]), ["key"])["key"].to_pylist()
+            below = [k.removeprefix(f"{own_folder}/") for k in keys]
             chosen = [in_share(group_of(k, self.group_pattern), share, seed) == inside for k in below]
             kept.append(np.flatnonzero(chosen))
         part.keep(kept)

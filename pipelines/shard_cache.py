@@ -16,6 +16,7 @@ import hashlib
 import logging
 import os
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -163,8 +164,10 @@ class ShardCache:
                 total += status.st_size
                 if not path.name.startswith(("part-", "lock-")):
                     shards.append((status.st_atime_ns, status.st_size, path))
+        # Half of what is free stays so: checkpoints are written on the same disk.
+        room = min(self.capacity, total - size + shutil.disk_usage(self.folder).free // 2)
         for _, freed, path in sorted(shards):
-            if total <= self.capacity:
+            if total <= room:
                 return
             path.unlink(missing_ok=True)
             total -= freed

@@ -16,7 +16,7 @@ import yaml
 from pipelines import cluster, tracking
 from pipelines.config import Recipe, Section, SweepConfig, TrainConfig
 from pipelines.dataset import Dataset, open_dataset
-from pipelines.errors import StoppedError, UsageError
+from pipelines.errors import RepsepError, StoppedError, UsageError
 from pipelines.progress import say
 from pipelines.stage import Receipt, StageRun, latest_receipt, run_stage
 from pipelines.sweeping.comparison import Comparison, compare, confirmation_points
@@ -108,7 +108,11 @@ def _search(run: StageRun, workspace: str, recipe: Recipe, config: SweepConfig, 
     winner = best if compared is None or compared.found_is_better else default
     run.results = _results(run, trials, best, default, winner, compared, dataset, parent)
     _write(run, workspace, recipe, config, trials, best, winner, compared, dataset)
-    _log(logger, run, best, winner, compared)
+    try:
+        _log(logger, run, best, winner, compared)
+    except RepsepError as error:  # MLflow is away, the sweep is done
+        say(f"sweep: warning: {error}")
+    logger.finish()
     say(table_text(trials, config))
     if compared is not None:
         say(f"sweep: {compared.verdict}")
@@ -161,6 +165,7 @@ def _write(
     writer.writerows(rows)
     usable = [t for t in trials if not t.failed]
     first = min(t.steps for t in usable)
+    usable = [t for t in usable if t.at(first) == t.at(first)]  # a crash may have lost the report of that step
     found = importances([searched(t.point.config, config.search) for t in usable], [t.at(first) for t in usable])
     page = page_of(trials, best, winner, compared, found, first, config, dataset, run.folder.uri)
     run.folder.write(TABLE, text.getvalue().encode())
@@ -180,7 +185,6 @@ def _log(logger: tracking.RunLogger, run: StageRun, best: Trial, winner: Trial, 
         named = {"difference": compared.difference, "low": compared.low, "high": compared.high}
         logger.metrics({f"confirm/{name}": value for name, value in named.items() if value is not None})
         logger.tags({"repsep.confirmed": compared.verdict})
-    logger.finish()
 
 
 def recipe_with(trial: Trial, workspace: str, recipe: Recipe, dataset: str) -> bytes:

@@ -220,15 +220,19 @@ class MachineMonitor:
 
 def metric_history(config: TrackingConfig, run_id: str, name: str) -> list[tuple[int, float]]:
     """(step, value) pairs in order of step; a step that was repeated after a resume has its latest value."""
-    found = client_for(tracking_uri(config)).get_metric_history(run_id, name)
+    uri = tracking_uri(config)
+    with answering(uri):
+        found = client_for(uri).get_metric_history(run_id, name)
     return sorted({m.step: m.value for m in sorted(found, key=lambda m: m.timestamp)}.items())
 
 
 def child_run(config: TrackingConfig, parent: str, tag: str, value: str) -> str | None:
     """The child run of `parent` with this tag: a restored sweep continues it."""
-    client = client_for(tracking_uri(config))
-    experiment = client.get_run(parent).info.experiment_id
-    found = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}' and tags.`{tag}` = '{value}'")
+    uri = tracking_uri(config)
+    with answering(uri):
+        client = client_for(uri)
+        experiment = client.get_run(parent).info.experiment_id
+        found = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}' and tags.`{tag}` = '{value}'")
     return found[0].info.run_id if found else None
 
 

@@ -17,6 +17,7 @@ from pipelines.sweeping.points import DEFAULT, Point
 from pipelines.sweeping.records import Trial
 
 LEVEL = 0.95
+WHOLE = {"holdout": 0.0, "validate_images": None}  # all of train, all of val
 BEST = "best"
 RULE = (
     "The default stays unless the lower end of the interval is above zero: a change that cannot be told from chance is "
@@ -77,7 +78,7 @@ def confirmation_points(best: Point, default: Point, config: SweepConfig) -> lis
     return [
         Point(
             f"{label}-{seed}",
-            point.config.model_copy(update={"seed": seed, "holdout": 0.0, "validate_every": config.steps}),
+            point.config.model_copy(update={"seed": seed} | WHOLE | {"validate_every": config.steps}),
         )
         for seed in fresh_seeds(config)
         for label, point in ((BEST, best), (DEFAULT, default))

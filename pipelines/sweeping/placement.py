@@ -19,6 +19,8 @@ from ray._raylet import PlacementGroupID
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined] # made by protoc
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from pipelines.progress import say
+
 EVERY_S = 1.0
 
 
@@ -47,8 +49,11 @@ def orphans_removed() -> Iterator[None]:
     def remove() -> None:
         while True:
             last = done.wait(EVERY_S)
-            for group in orphans():
-                remove_placement_group(group)
+            try:
+                for group in orphans():
+                    remove_placement_group(group)
+            except Exception as error:  # a moment without an answer must not end it: trials would wait for ever
+                say(f"sweep: warning: placement groups could not be looked through: {error}")
             if last:
                 return
 

@@ -15,7 +15,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipelines import cluster, tracking
 from pipelines.config import SweepConfig, TrackingConfig, TrainConfig
-from pipelines.errors import RepsepError, StoppedError, UsageError
+from pipelines.errors import RepsepError, StoppedError, StorageError, UsageError
 from pipelines.progress import say
 from pipelines.stage import StageRun
 from pipelines.storage import Folder
@@ -24,6 +24,7 @@ from pipelines.sweeping.placement import orphans_removed
 from pipelines.sweeping.points import Point, TpeSpace
 from pipelines.sweeping.records import FINISHED, Records, Trial
 from pipelines.train import fit, trainer
+from pipelines.training.checkpoint_folder import CheckpointFolder
 from pipelines.training.loop import LoopSettings
 
 SEARCH, CONFIRM = "search", "confirm"
@@ -124,7 +125,19 @@ def _run(
             raise StoppedError("the sweep was stopped; the same command again goes on where it was")
         for trial in found:
             close_child(records, trial)
+            if not trial.failed:
+                _remove_checkpoints(f"{storage}/{name}-trials/{trial.point.key}")
     return sorted(found, key=lambda trial: (len(trial.point.name), trial.point.name))
+
+
+def _remove_checkpoints(uri: str) -> None:
+    """Of a trial that ended: nothing goes on from them."""
+    checkpoints = CheckpointFolder(uri)
+    try:
+        for name in checkpoints.names():
+            checkpoints.remove(name)
+    except StorageError as error:
+        say(f"warning: checkpoints of a trial were not removed: {error}")
 
 
 def _can_restore(uri: str) -> bool:
@@ -239,7 +252,7 @@ def close_child(records: Records, trial: Trial) -> None:
 
 
 def _last_line(error: object) -> str:
-    return (str(error).strip().splitlines() or ["its process died"])[-1]
+    return tracking.shown((str(error).strip().splitlines() or ["its process died"])[-1])
 
 
 def concurrent_trials(config: SweepConfig, base: TrainConfig) -> int:

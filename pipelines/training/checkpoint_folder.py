@@ -5,9 +5,10 @@
                                         of which every rank uploads its own
         best/                           the best model so far, in its inference form
         files-<rank>.json               ranks over 0: size and SHA-256 of what they wrote
-        checkpoint.json                 last: where training is, and the same of what rank 0 wrote
+        checkpoint.json                 rank 0's last: where training is, and the same of what it wrote
 
-A checkpoint counts when all that its lists name is there with the right digests, whoever else knows of it.
+A checkpoint counts when all ranks' lists and all that they name are there with the right digests, whoever else knows of
+it.
 """
 
 from __future__ import annotations
@@ -60,8 +61,15 @@ class CheckpointFolder:
         return self.folder.uri_of(name)
 
     def was_finished(self, name: str) -> bool:
-        """Whether its upload once came to the end."""
-        return self.folder.size_of(f"{name}/{RECORD}") is not None
+        """Whether its upload once came to the end, on all ranks that write."""
+        data = self.folder.read_if_present(f"{name}/{RECORD}")
+        if data is None:
+            return False
+        try:
+            writers = int(json.loads(data)["writers"])
+        except (ValueError, KeyError, TypeError):
+            return True
+        return all(self.folder.size_of(f"{name}/{_list_of(rank)}") is not None for rank in range(1, writers))
 
     def upload(self, name: str, directory: Path, record: Record | None, rank: int = 0) -> None:
         """Copy what a rank wrote, then the list of it. Raises StorageError, and OSError of the local disk."""

@@ -7,6 +7,8 @@ started again. Storage that refuses for a minute, or one damaged file, would cos
 
 from __future__ import annotations
 
+import contextlib
+import os
 import secrets
 import shutil
 import tempfile
@@ -18,6 +20,9 @@ from pipelines.errors import RepsepError, StorageError
 from pipelines.progress import say
 from pipelines.training.checkpoint_folder import CheckpointFolder, DamagedCheckpointError, Record, name_of
 from pipelines.training.parallel import Group
+
+LOCAL = "repsep-save-"
+"""Local folders of what is to be uploaded begin with it and the process's id."""
 
 FAILURES = 3
 """Checkpoints in a row that may fail: the third ends the run."""
@@ -36,6 +41,7 @@ class Checkpoints:
     def __init__(self, uri: str, group: Group, writers: int) -> None:
         self.store, self.group, self.writers = CheckpointFolder(uri), group, writers
         self.attempt = group.share(secrets.token_hex(4))
+        _remove_left_over()
         self.kept: list[str] = []
         """Names of those known to be whole, the latest last."""
         self.last_step: int | None = None
@@ -105,18 +111,19 @@ class Checkpoints:
             before = names[names.index(name) + 1 :][:1]
             self.kept, self.last_step = [*before, name], record.step
             return record
-        if len(names) > 1 or any(self.store.was_finished(name) for name in names):
+        if self.group.share(any(self.store.was_finished(name) for name in names)):
             raise CheckpointsFailedError(
                 f"none of the {len(names)} checkpoints in {self.store.folder.uri} is whole; to train from the start, "
                 "delete that folder; to keep what was reached, restore its files from a backup"
             )
-        if names and self.group.rank == 0:  # the run was stopped in its very first upload, which is no loss
-            self.store.remove(names[0])
+        if self.group.rank == 0:  # the run was stopped before its first upload was through, which is no loss
+            for name in names:
+                self.store.remove(name)
         return None
 
     def _begin(self, name: str, record: Record, write: Callable[[Path], None]) -> Future[None]:
         """Fill a local folder, then upload it in the thread."""
-        directory = Path(tempfile.gettempdir()) / f"repsep-{name}-{self.group.rank}"
+        directory = Path(tempfile.gettempdir()) / f"{LOCAL}{os.getpid()}-{name}-{self.group.rank}"
         writes, future = self.group.rank < self.writers, Future[None]()
         try:
             if writes:
@@ -160,3 +167,14 @@ class Checkpoints:
             return self.store.record(name), None
         except DamagedCheckpointError as error:
             return None, error
+
+
+def _remove_left_over() -> None:
+    """What processes of this machine that were killed had written for an upload: gigabytes each."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{LOCAL}*"):
+        pid = folder.name.removeprefix(LOCAL).partition("-")[0]
+        with contextlib.suppress(ValueError, PermissionError):
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -52,3 +52,4 @@ def _quieten() -> None:
     ray_train_context.logger.setLevel(logging.WARNING)  # INFO prints every reported metric of every rank
     # Our norms leave channels-last strides on 1 x 1 convolutions; DDP copies those few gradients and says so each time.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides|FSDP2-wrapped module")
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")  # parallel.py says why

@@ -14,7 +14,7 @@ import copy
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,6 +70,12 @@ class Group:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def spread_first(self, tensors: Iterable[Tensor]) -> None:
+        """Rank 0's values into the others' tensors."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.worst(0.0)
@@ -120,7 +126,11 @@ class DataParallel:
             raw.compile()
         if self.group.world_size == 1:
             return raw, ema
-        return DistributedDataParallel(raw, device_ids=[raw.mean.device] if raw.mean.is_cuda else None), ema
+        if raw.mean.is_cuda:
+            return DistributedDataParallel(raw, device_ids=[raw.mean.device]), ema
+        # NOTE otherwise DDP arranges its buckets anew after a process's first step, and where a number lies in a bucket
+        # decides in which order gloo adds three or more of them: after a resume the sums would round in another way.
+        return DistributedDataParallel(raw, find_unused_parameters=self.group.world_size > 2), ema
 
     def whole_average(self, state: TrainState) -> Segmentor:
         assert isinstance(state.ema.model, Segmentor)

@@ -139,6 +139,7 @@ class Worker:
     def validate(self, metrics: dict[str, float]) -> None:
         """Validate the moving average, each image on one rank; the best so far (the earliest on ties) is kept."""
         average, step, kept = self.strategy.whole_average(self.state), self.state.step, []  # type: ignore[var-annotated]
+        self.group.spread_first(average.buffers())  # a BatchNorm's statistics are each rank's own
         share = self.validation.share(self.group.rank, self.group.world_size, self.config.validate_images)
         scores = validate(
             average,

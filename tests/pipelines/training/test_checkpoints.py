@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +15,7 @@ import pytest
 
 from pipelines.errors import RepsepError, StorageError
 from pipelines.training.checkpoint_folder import PREFIX, RECORD, CheckpointFolder, DamagedCheckpointError, Record
-from pipelines.training.checkpoints import Checkpoints, CheckpointsFailedError
+from pipelines.training.checkpoints import LOCAL, Checkpoints, CheckpointsFailedError
 from pipelines.training.parallel import Group
 
 
@@ -101,7 +105,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     assert of_step(tmp_path, 8).name in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+FINISHED = {name: damage for name, damage in DAMAGE.items() if name != "without its record"}
+
+
+@pytest.mark.parametrize("damage", FINISHED.values(), ids=FINISHED)
 def test_where_all_are_damaged_the_run_does_not_silently_begin_anew(
     damage: Callable[[Path], Any], tmp_path: Path
 ) -> None:
@@ -120,12 +127,26 @@ def test_an_only_checkpoint_that_is_damaged_is_an_error_too(tmp_path: Path) -> N
         restored(tmp_path)
 
 
-def test_a_run_stopped_in_its_first_upload_begins_anew(tmp_path: Path) -> None:
-    unfinished = tmp_path / f"{PREFIX}00000004_00aa11bb"
-    unfinished.mkdir()
-    (unfinished / "state.pt").write_bytes(content(4)[:50])
+def test_where_no_upload_was_ever_through_the_run_begins_anew(tmp_path: Path) -> None:
+    """Stopped in its first, or by a store that refused: what is not finished was never said to be saved."""
+    for step in (4, 8):
+        unfinished = tmp_path / f"{PREFIX}{step:08d}_00aa11bb"
+        unfinished.mkdir()
+        (unfinished / "state.pt").write_bytes(content(4)[:50])
     assert restored(tmp_path) is None
-    assert not unfinished.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_had_written_for_an_upload_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for pid in (ended.pid, os.getpid()):
+        (tmp_path / f"{LOCAL}{pid}-checkpoint_00000004_00aa11bb-0").mkdir()
+    Checkpoints(str(tmp_path / "run"), Group(), 1)
+    assert [folder.name.split("-")[2] for folder in tmp_path.glob(f"{LOCAL}*")] == [str(os.getpid())]
 
 
 def test_the_last_two_are_kept(tmp_path: Path) -> None:
