@@ -6,11 +6,13 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import ray
+from ray._private.services import find_bootstrap_address
 
 from pipelines.errors import StoppedError, UsageError
 from pipelines.progress import say
@@ -31,6 +33,7 @@ def connect(*, dashboard: bool = True) -> None:
     environment = WORKER_ENVIRONMENT | {k: v for k, v in os.environ.items() if k.startswith("RAY_TRAIN_")}
     try:
         ray.init(
+            address="local" if noted_cluster_is_gone() else None,
             logging_level=logging.WARNING,
             runtime_env={"env_vars": environment},
             include_dashboard=None if dashboard else False,  # without a word to a cluster that is there
@@ -39,6 +42,22 @@ def connect(*, dashboard: bool = True) -> None:
         raise UsageError(f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: {error}") from error
     resources = ray.cluster_resources()
     say(f"Ray: {len(nodes())} node(s), {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs")
+
+
+def noted_cluster_is_gone() -> bool:
+    """Whether Ray would look for minutes, and in vain, for a cluster that was killed on this machine.
+
+    `ray start` notes the address in a file, and only `ray stop` removes it.
+    """
+    if os.environ.get("RAY_ADDRESS") or (address := find_bootstrap_address(None)) is None:
+        return False
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        say(f"Ray: the cluster noted at {address} does not answer, one of this machine's own is started")
+        return True
+    return False
 
 
 def nodes() -> list[dict[str, Any]]:
