@@ -101,7 +101,7 @@ def _search(run: StageRun, workspace: str, recipe: Recipe, config: SweepConfig, 
         compared = None
         if config.confirm_seeds and best is not default:
             again = confirmation_points(best.point, default.point, config)
-            compared = compare(run_confirmation(where, again, config, base), config)
+            compared = compare(run_confirmation(where, again, config, base))
     except BaseException as error:
         logger.finish("KILLED" if isinstance(error, StoppedError) else "FAILED")
         raise

@@ -80,25 +80,27 @@ def confirmation_points(best: Point, default: Point, config: SweepConfig) -> lis
             f"{label}-{seed}",
             point.config.model_copy(update={"seed": seed} | WHOLE | {"validate_every": config.steps}),
         )
-        for seed in fresh_seeds(config)
+        for seed in fresh_seeds(config, best.config.seed)
         for label, point in ((BEST, best), (DEFAULT, default))
     ]
 
 
-def fresh_seeds(config: SweepConfig) -> list[int]:
-    """Seeds that no trial of the search had."""
-    return [config.seed + 1000 + number for number in range(config.confirm_seeds)]
+def fresh_seeds(config: SweepConfig, taken: int) -> list[int]:
+    """Seeds other than the one that all trials of the search had."""
+    first = config.seed + 1000
+    return [seed for seed in range(first, first + config.confirm_seeds + 1) if seed != taken][: config.confirm_seeds]
 
 
-def compare(trials: Sequence[Trial], config: SweepConfig) -> Comparison:
+def compare(trials: Sequence[Trial]) -> Comparison:
     """Of the trials of `confirmation_points`; a pair counts if both came to their end."""
     named = {trial.point.name: trial for trial in trials}
+    seeds = dict.fromkeys(trial.point.config.seed for trial in trials)
 
     def miou(label: str, seed: int) -> float | None:
         trial = named[f"{label}-{seed}"]
         return None if trial.failed else trial.miou
 
-    pairs = tuple(Pair(seed, miou(BEST, seed), miou(DEFAULT, seed)) for seed in fresh_seeds(config))
+    pairs = tuple(Pair(seed, miou(BEST, seed), miou(DEFAULT, seed)) for seed in seeds)
     errors = tuple(f"{trial.point.name}: {trial.error}" for trial in trials if trial.failed)
     differences = [pair.difference for pair in pairs if pair.difference is not None]
     if not differences:

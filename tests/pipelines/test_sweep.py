@@ -97,7 +97,7 @@ def trials_of(base: TrainConfig) -> list[Trial]:
 
 def confirmed(best: Trial, default: Trial, results: list[float]) -> Comparison:
     what = confirmation_points(best.point, default.point, CONFIG)
-    return compare([Trial(p, ((100, miou),), FINISHED) for p, miou in zip(what, results, strict=True)], CONFIG)
+    return compare([Trial(p, ((100, miou),), FINISHED) for p, miou in zip(what, results, strict=True)])
 
 
 BETTER, UNCLEAR = [0.50, 0.40, 0.51, 0.40, 0.52, 0.41], [0.50, 0.40, 0.35, 0.40, 0.52, 0.41]

@@ -25,16 +25,17 @@ def compared(best: list[float | None], default: list[float | None]) -> Compariso
         Trial(point, (), "failed: no memory") if miou is None else Trial(point, ((50, miou),), FINISHED)
         for point, miou in zip(confirmation_points(BEST, DEFAULT, config), results, strict=True)
     ]
-    return compare(trials, config)
+    return compare(trials)
 
 
 def test_both_are_trained_with_the_same_fresh_seeds_on_all_of_train() -> None:
     found = confirmation_points(BEST, DEFAULT, CONFIG)
     assert len({p.key for p in found}) == 6
-    assert fresh_seeds(CONFIG) == [1004, 1005, 1006]
+    assert fresh_seeds(CONFIG, taken=0) == [1004, 1005, 1006]
+    assert fresh_seeds(CONFIG, taken=1005) == [1004, 1006, 1007]
     for label, point in (("best", BEST), ("default", DEFAULT)):
         mine = [p for p in found if p.name.startswith(label)]
-        assert [p.config.seed for p in mine] == fresh_seeds(CONFIG)
+        assert [p.config.seed for p in mine] == fresh_seeds(CONFIG, point.config.seed)
         for each in mine:
             same = {"seed": point.config.seed, "holdout": point.config.holdout, "validate_every": 10}
             assert (each.config.holdout, each.config.validate_every) == (0, 50)
