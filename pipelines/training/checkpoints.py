@@ -63,6 +63,10 @@ class Checkpoints:
         name = name_of(record.step, self.attempt)
         self._under_way = (name, record.step, self._begin(name, record, write))
 
+    def is_uploading(self) -> bool:
+        """Whether any rank's upload is under way."""
+        return bool(self.group.worst(float(self._under_way is not None and not self._under_way[2].done())))
+
     def settle(self) -> bool:
         """Wait for the upload under way; whether it went well on all ranks. Raises CheckpointsFailedError."""
         if self._under_way is None:

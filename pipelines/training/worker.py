@@ -131,10 +131,12 @@ class Worker:
         return self.state.step % self.config.validate_every == 0 or self.state.step == self.config.steps
 
     def is_checkpoint_due(self) -> bool:
-        """With each validation, each `checkpoint_every` steps, and at once when a machine is to be taken away."""
+        """With each validation and each `checkpoint_every` steps, if the one before is uploaded by then: a slow store
+        makes them fewer, not the steps slower. At once when a machine is to be taken away.
+        """
         every = self.config.runtime.checkpoint_every
         regular = self.is_validation_due() or (every is not None and self.state.step % every == 0)
-        return self.notice.came(self.state.step) or regular
+        return self.notice.came(self.state.step) or (regular and not self.checkpoints.is_uploading())
 
     def validate(self, metrics: dict[str, float]) -> None:
         """Validate the moving average, each image on one rank; the best so far (the earliest on ties) is kept."""

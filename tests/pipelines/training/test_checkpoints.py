@@ -199,6 +199,7 @@ def test_saving_waits_for_the_local_copy_only_and_the_next_one_for_the_upload(
     checkpoints.save(record(4), write(4))  # would wait for ever if it waited for the upload
     assert uploading.wait(timeout=30)
     assert checkpoints.last_uri is None
+    assert checkpoints.is_uploading()
     threading.Timer(0.05, go_on.set).start()
 
     def note(folder: Path) -> None:
@@ -208,6 +209,7 @@ def test_saving_waits_for_the_local_copy_only_and_the_next_one_for_the_upload(
     checkpoints.save(record(8), note)
     assert order[:2] == ["uploaded", "next copy"]
     checkpoints.settle()
+    assert not checkpoints.is_uploading()
     checkpoints.close()
 
 
