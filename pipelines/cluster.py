@@ -106,6 +106,7 @@ def stoppable(what: str) -> Iterator[None]:
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs are started without one
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,13 +129,18 @@ def test_ray_is_shown_no_password(recipe: Recipe, ray_cluster: None) -> None:
     assert fitted.train_loop_config["tracking_uri"] == tracking.shown(uri)
 
 
+@pytest.mark.parametrize("inherited", [signal.default_int_handler, signal.SIG_IGN], ids=["usual", "in background"])
 @pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_a_stop_and_its_handlers_are_put_back(interrupt: signal.Signals) -> None:
-    before = signal.getsignal(interrupt)
-    with pytest.raises(StoppedError) as stopped, cluster.stoppable("training"):
-        signal.raise_signal(interrupt)
-    assert stopped.value.exit_code == 130
-    assert signal.getsignal(interrupt) is before
+def test_a_signal_is_a_stop_and_its_handlers_are_put_back(interrupt: signal.Signals, inherited: Any) -> None:
+    usual = signal.signal(signal.SIGINT, inherited)
+    try:
+        before = signal.getsignal(interrupt)
+        with pytest.raises(StoppedError) as stopped, cluster.stoppable("training"):
+            signal.raise_signal(interrupt)
+        assert stopped.value.exit_code == 130
+        assert signal.getsignal(interrupt) is before
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def test_validation_scores_are_the_same_to_the_last_digit_on_1_2_and_3_ranks(prepared: Receipt, recipe: Recipe) -> None:
