@@ -96,8 +96,9 @@ def _search(run: StageRun, workspace: str, recipe: Recipe, config: SweepConfig, 
     base = recipe.train
     try:
         trials = run_search(run, where, points(config, base) if config.search.method == "random" else [], config, base)
-        best = max(trials, key=lambda trial: trial.rank)
         default = next(t for t in trials if t.point.name == default_point(config, base).name)
+        # Also where the default leads in the search: whether something beats it is what the sweep is for.
+        best = max((t for t in trials if t is not default and not t.failed), key=lambda t: t.rank, default=default)
         compared = None
         if config.confirm_seeds and best is not default:
             again = confirmation_points(best.point, default.point, config)
@@ -105,7 +106,10 @@ def _search(run: StageRun, workspace: str, recipe: Recipe, config: SweepConfig, 
     except BaseException as error:
         logger.finish("KILLED" if isinstance(error, StoppedError) else "FAILED")
         raise
-    winner = best if compared is None or compared.found_is_better else default
+    if compared is None:
+        winner = max(default, best, key=lambda trial: trial.rank)
+    else:
+        winner = best if compared.found_is_better else default
     run.results = _results(run, trials, best, default, winner, compared, dataset, parent)
     _write(run, workspace, recipe, config, trials, best, winner, compared, dataset)
     try:
