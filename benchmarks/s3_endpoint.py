@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[1]
 SETUP = {
@@ -32,10 +33,7 @@ def endpoint(given: str | None) -> Iterator[None]:
         yield
         return
     with tempfile.TemporaryDirectory(prefix="ceph-") as folder:
-        listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-        rgw, mon = (str(listener.getsockname()[1]) for listener in listeners)
-        for listener in listeners:
-            listener.close()
+        rgw, mon = map(str, free_ports(2))
         script, ports = ["bash", str(ROOT / "infra/dev/ceph-rgw.sh")], {"RGW_PORT": rgw, "MON_PORT": mon}
         started = subprocess.run(
             [*script, "start", folder], env=os.environ | ports, capture_output=True, text=True, check=True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.ports import free_ports
 from tests.processes import descendants, kill_tree
 
 ROOT, BIN = Path(__file__).parents[1], Path(sys.executable).parent
@@ -151,11 +151,3 @@ def answers(port: int) -> bool:
         return False
     finally:
         connection.close()
-
-
-def free_ports(count: int) -> list[int]:
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports

@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from pipelines.config import TrackingConfig
 from pipelines.patient_tracking import FILES_KEPT, PatientLogger
 from pipelines.tracking import RefusedError, RunLogger, metric_history, start_run
-from tests.conftest import free_ports
+from tests.ports import free_ports
 from tests.processes import kill_tree
 
 RUN = "0" * 32

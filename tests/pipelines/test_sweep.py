@@ -19,18 +19,8 @@ from pipelines.sweeping.comparison import Comparison, compare, confirmation_poin
 from pipelines.sweeping.points import points
 from pipelines.sweeping.records import FINISHED, Trial
 from pipelines.train import train
+from tests.pipelines.sweeping.test_points import BASE
 
-BASE = TrainConfig.model_validate(
-    {
-        "model": {"backbone": "vit_tiny_patch16_224", "backbone_args": {"depth": 4}, "width": 24},
-        "loss": {"dice": 0.5, "patch": 0.3},
-        "lr": 0.0015,
-        "steps": 900,
-        "batch_size": 6,
-        "warmup_steps": 60,
-        "runtime": {"workers": 3, "loader_threads": 1},
-    }
-)
 DATASET = "s3://bucket/prepared"
 CONFIG = SweepConfig(trials=7, steps=100, validate_every=20)
 

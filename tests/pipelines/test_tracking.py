@@ -14,7 +14,7 @@ from mlflow.utils.validation import _validate_metric_name
 from pipelines import tracking
 from pipelines.config import TrackingConfig
 from pipelines.errors import RepsepError
-from tests.conftest import free_ports
+from tests.ports import free_ports
 
 
 @pytest.fixture(scope="module")
