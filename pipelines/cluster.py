@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+from ray._common.utils import reset_ray_address
 from ray._private.services import find_bootstrap_address
 
 from pipelines.errors import StoppedError, UsageError
@@ -47,7 +48,8 @@ def connect(*, dashboard: bool = True) -> None:
 def noted_cluster_is_gone() -> bool:
     """Whether Ray would look for minutes, and in vain, for a cluster that was killed on this machine.
 
-    `ray start` notes the address in a file, and only `ray stop` removes it.
+    `ray start` notes the address in a file that only `ray stop` removes. Such a note is removed here: Ray Train's
+    actors look for their own cluster by it.
     """
     if os.environ.get("RAY_ADDRESS") or (address := find_bootstrap_address(None)) is None:
         return False
@@ -56,6 +58,7 @@ def noted_cluster_is_gone() -> bool:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError:
         say(f"Ray: the cluster noted at {address} does not answer, one of this machine's own is started")
+        reset_ray_address()
         return True
     return False
 

@@ -14,12 +14,18 @@ def noted(monkeypatch: pytest.MonkeyPatch, address: str | None) -> None:
     monkeypatch.setattr(cluster, "find_bootstrap_address", lambda _: address)
 
 
-def test_a_cluster_that_was_killed_and_is_still_noted_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_was_killed_and_is_still_noted_is_not_waited_for_and_no_longer_noted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    removed: list[bool] = []
+    monkeypatch.setattr(cluster, "reset_ray_address", lambda: removed.append(True))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         noted(monkeypatch, address)
         assert not cluster.noted_cluster_is_gone()
+        assert not removed
     assert cluster.noted_cluster_is_gone()
+    assert removed
 
 
 def test_without_a_note_or_with_an_address_given_ray_decides(monkeypatch: pytest.MonkeyPatch) -> None:
