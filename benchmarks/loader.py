@@ -34,6 +34,7 @@ from pipelines.config import PrepareConfig
 from pipelines.dataset import Dataset, Split, open_dataset
 from pipelines.prepare import prepare
 from pipelines.train_loader import TrainLoader
+from pipelines.training.memory import keep_freed_memory
 from repsep_model import LossWeights, SegmentorConfig, build_segmentor
 from repsep_model.images import UInt8, decode_image, decode_mask
 from repsep_model.optim import Ema, parameter_groups
@@ -235,6 +236,7 @@ def _prepared(data: Path | None, folder: str) -> Dataset:
 def measure(data: Path | None = None, rounds: int = 3) -> Iterator[Line]:
     """The lines of the table, one after another. `data` is a folder for `repsep prepare`."""
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every training worker does
     if data is None and CAMVID.is_dir():
         data = CAMVID
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@ from typing import Any
 from ray.train.v2._internal.execution import context as ray_train_context
 
 from pipelines.training.checkpoints import CheckpointsFailedError
+from pipelines.training.memory import keep_freed_memory
 from pipelines.training.worker import LoopSettings, Worker
 from repsep_model.training import NonFiniteLossError
 
@@ -22,6 +23,7 @@ def train_loop(settings: LoopSettings, checkpoints_uri: str) -> dict[str, Any]:
     the bit.
     """
     _quieten()
+    keep_freed_memory()
     try:
         worker = Worker(settings, checkpoints_uri)
     except CheckpointsFailedError as error:
