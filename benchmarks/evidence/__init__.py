@@ -1,0 +1,1 @@
+"""What the ablation, the comparison of heads and the robustness grid share: data, resumable runs, statistics."""

@@ -1,0 +1,134 @@
+"""Formulations that were tried, each as a change of one function of repsep_model; what helped went into repsep_model.
+
+Shapes: B batch, K classes, D width, E embedding, h x w grid, N = h * w.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repsep_model import losses, segmentor
+from repsep_model.labels import IGNORE_INDEX, majority_reduce
+from repsep_model.layers import ChannelNorm
+from repsep_model.separation import RegionSeparation
+
+Change = Callable[[], contextlib.AbstractContextManager[object]]
+
+
+def together(*changes: Change) -> Change:
+    @contextlib.contextmanager
+    def all_of() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for change in changes:
+                stack.enter_context(change())
+            yield
+
+    return all_of
+
+
+def _replacing(module: object, name: str, value: object) -> Change:
+    @contextlib.contextmanager
+    def change() -> Iterator[None]:
+        before = getattr(module, name)
+        setattr(module, name, value)
+        try:
+            yield
+        finally:
+            setattr(module, name, before)
+
+    return change
+
+
+def _truth(reduced: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """(B, N, K) one-hot of labelled locations, and (B, K) which classes are there."""
+    labels = reduced.flatten(1)
+    valid = labels != IGNORE_INDEX
+    truth = F.one_hot(labels.where(valid, 0), num_classes).float() * valid[..., None]
+    return truth, truth.sum(dim=1) > 0
+
+
+def balanced_patch_separation(embedding_BEhw: Tensor, reduced: Tensor, num_classes: int) -> Tensor:
+    """The pull is a mean over classes of the mean over their locations: a pole counts as much as the sky."""
+    z_BNE = F.normalize(embedding_BEhw.flatten(2).transpose(1, 2), dim=2)
+    truth_BNK, present = _truth(reduced, num_classes)
+    count_BK = truth_BNK.sum(dim=1)
+    centres_BKE = F.normalize(truth_BNK.transpose(1, 2) @ z_BNE, dim=2)
+    far_BK = ((1 - (z_BNE @ centres_BKE.transpose(1, 2))) * truth_BNK).sum(dim=1) / count_BK.clamp_min(1)
+    classes = present.sum(dim=1)
+    pairs = (classes * (classes - 1) // 2).clamp_min(1)
+    pull = far_BK.sum(dim=1) / classes.clamp_min(1)
+    return (pull + losses._pair_similarity(centres_BKE, present) / pairs).sum()
+
+
+def contrast_patch_separation(embedding_BEhw: Tensor, reduced: Tensor, num_classes: int) -> Tensor:
+    """Cross-entropy of cosines to the class centres of the image (temperature 0.1), each class weighing the same."""
+    z_BNE = F.normalize(embedding_BEhw.flatten(2).transpose(1, 2), dim=2)
+    truth_BNK, present = _truth(reduced, num_classes)
+    count_BK = truth_BNK.sum(dim=1)
+    centres_BKE = F.normalize(truth_BNK.transpose(1, 2) @ z_BNE, dim=2)
+    logits = (z_BNE @ centres_BKE.transpose(1, 2)) / 0.1
+    logits = logits.masked_fill(~present[:, None], -1e4)
+    entropy_BK = -(logits.log_softmax(dim=2) * truth_BNK).sum(dim=1) / count_BK.clamp_min(1)
+    return (entropy_BK.sum(dim=1) / present.sum(dim=1).clamp_min(1)).sum()
+
+
+patch_balanced = _replacing(losses, "_patch_separation", balanced_patch_separation)
+patch_contrast = _replacing(losses, "_patch_separation", contrast_patch_separation)
+
+_terms = losses._terms
+
+
+def _dice_terms(output: segmentor.SegmentorOutput, labels: Tensor, weights: losses.LossWeights) -> losses.Terms:
+    """Attention as mask by soft Dice of each region present, instead of cross-entropy per location."""
+    terms = _terms(output, labels, weights)
+    aux = output.aux
+    if aux is not None and aux.attention_BKhw is not None and "attention" in terms:
+        K = aux.attention_BKhw.shape[1]
+        reduced = losses._on_grid(majority_reduce(labels, aux.stride, K), aux.grid)
+        truth, present = _truth(reduced, K)
+        valid = (reduced != IGNORE_INDEX).flatten(1)[..., None]
+        share = aux.attention_BKhw.float().softmax(dim=1).flatten(2).transpose(1, 2) * valid
+        dice = 1 - (2 * (share * truth).sum(1) + 1) / (share.sum(1) + truth.sum(1) + 1)
+        per_image = (dice * present).sum(1) / present.sum(1).clamp_min(1)
+        value, total = terms["attention"]
+        terms["attention"] = (value + per_image.mean() * total.to(value), total)
+    return terms
+
+
+attention_dice = _replacing(losses, "_terms", _dice_terms)
+
+
+class NonlinearRegionSeparation(RegionSeparation):
+    """F' = norm(F + alpha * MLP([F, own, rival])): what own and rival mean may depend on where the location is."""
+
+    def __init__(self, width: int, context: int) -> None:
+        super().__init__(width, context)
+        self.project = nn.Sequential(
+            nn.Conv2d(3 * width, width, 1), ChannelNorm(width), nn.GELU(), nn.Conv2d(width, width, 1)
+        )
+
+    def forward(self, f_BDhw: Tensor, context: Tensor, coarse_BKhw: Tensor | None) -> Tensor:
+        assert coarse_BKhw is not None
+        own, rival = own_and_rival(f_BDhw, coarse_BKhw)
+        alpha = 2 * torch.sigmoid(self.alpha(context))
+        mixed = self.project(torch.cat([f_BDhw, own.to(f_BDhw.dtype), rival.to(f_BDhw.dtype)], dim=1))
+        out: Tensor = self.norm(f_BDhw + alpha * mixed)
+        return out
+
+
+def own_and_rival(f_BDhw: Tensor, coarse_BKhw: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.autocast(f_BDhw.device.type, enabled=False):
+        f_BDN = f_BDhw.float().flatten(2)
+        p_BKN = coarse_BKhw.float().softmax(dim=1).flatten(2)
+        centres_BDK = f_BDN @ p_BKN.transpose(1, 2) / p_BKN.sum(dim=2).clamp_min(1e-6)[:, None]
+        q_BKN = p_BKN * (1 - p_BKN)
+        q_BKN = q_BKN / q_BKN.sum(dim=1, keepdim=True).clamp_min(1e-6)
+        return (centres_BDK @ p_BKN).view(f_BDhw.shape), (centres_BDK @ q_BKN).view(f_BDhw.shape)
+
+
+region_nonlinear = _replacing(segmentor, "RegionSeparation", NonlinearRegionSeparation)
