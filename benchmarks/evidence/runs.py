@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.evidence import data
 from pipelines.training.memory import keep_freed_memory
-from repsep_model import LossWeights, Segmentor, SegmentorConfig, build_segmentor, save_segmentor, separation_report
+from repsep_model import LossWeights, Segmentor, SegmentorConfig, build_segmentor, separation_report
 from repsep_model.corruptions import corrupt, corruption_rng
 from repsep_model.diagnostics import mean_report
 from repsep_model.inference import segment_image
@@ -75,6 +75,7 @@ class Arm:
     what: str
     config: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, Any] = field(default_factory=dict)
+    build: Callable[[SegmentorConfig], Any] = build_segmentor
     change: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
 
 
@@ -122,9 +123,7 @@ def perform(run: Run) -> dict[str, Any]:
     with run.arm.change():
         trained, judged = data.read(run.training.data, run.training.study)
         state, spent = _train(run, trained)
-        model = state.ema.model
-        assert isinstance(model, Segmentor)
-        save_segmentor(model, run.folder / "model", classes={"classes": [{"name": c} for c in trained.classes]})
+        model: Any = state.ema.model
         began = time.process_time()
         record = {
             "arm": run.arm.name,
@@ -138,23 +137,37 @@ def perform(run: Run) -> dict[str, Any]:
         }
         record |= score(model, judged) | {"whole_miou": score(model, judged, whole=True)["miou"]}
         record |= robustness(model, judged.every(CORRUPTED_EVERY[run.training.study]), FAST_GRID)
-        record["diagnostics"] = diagnose(model, judged.every(DIAGNOSED_EVERY))
+        if isinstance(model, Segmentor):
+            record["diagnostics"] = diagnose(model, judged.every(DIAGNOSED_EVERY))
         return record | {"train_cpu_s": round(spent), "judge_cpu_s": round(time.process_time() - began)}
+
+
+def build(run: Run, num_classes: int) -> Any:
+    """The arm's model with the seed's random weights."""
+    torch.manual_seed(run.seed)
+    how = run.training
+    config = SegmentorConfig(
+        backbone=how.backbone,
+        backbone_args=how.backbone_args,
+        num_classes=num_classes,
+        drop_path=how.drop_path,
+        window=how.crop,
+        **run.arm.config,
+    )
+    return run.arm.build(config)
+
+
+def trained(run: Run, num_classes: int) -> Any:
+    """The moving average of a finished run, for inference. Enter `run.arm.change` around it and its use."""
+    model = build(run, num_classes).eval()
+    model.load_state_dict(torch.load(run.folder / "checkpoint.pt", weights_only=True)["ema"])
+    return model
 
 
 def _train(run: Run, samples: data.Samples) -> tuple[TrainState, float]:
     """Returns the trained state, and the CPU seconds of all pieces together."""
     how = run.training
-    torch.manual_seed(run.seed)
-    config = SegmentorConfig(
-        backbone=how.backbone,
-        backbone_args=how.backbone_args,
-        num_classes=len(samples.classes),
-        drop_path=how.drop_path,
-        window=how.crop,
-        **run.arm.config,
-    )
-    model = build_segmentor(config).train()
+    model = build(run, len(samples.classes)).train()
     if how.warm_steps:
         _take_backbone(model, warm(how).folder / "checkpoint.pt", how.warm_steps)
     groups = parameter_groups(
@@ -179,7 +192,7 @@ def _train(run: Run, samples: data.Samples) -> tuple[TrainState, float]:
     return state, spent + time.process_time() - began
 
 
-def _take_backbone(model: Segmentor, file: Path, steps: int) -> None:
+def _take_backbone(model: Any, file: Path, steps: int) -> None:
     """The moving average of the warm start's backbone."""
     if not file.exists() or (held := torch.load(file, weights_only=True))["step"] != steps:
         raise SystemExit(f"{file} is missing or not at step {steps}: run the action `warm` first")

@@ -1,0 +1,53 @@
+"""Every arm that is trained: ours, the controls, the formulations that were tried, and the peers' heads."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from benchmarks.evidence import formulations as tried
+from benchmarks.evidence.runs import BASELINE, Arm, Training
+from repsep_model import SegmentorConfig
+
+LOCAL = {"separation": "none", "cross_attention": 0}
+
+PARTS = [
+    BASELINE,
+    Arm("local", "backbone + local pathway", LOCAL),
+    Arm("sas-local", "local pathway + local separation", {"separation": "local", "cross_attention": 0}),
+    Arm("sas-region", "local pathway + region separation", {"separation": "region", "cross_attention": 0}),
+    Arm("dca", "local pathway + cross-attention", {"separation": "none"}),
+    Arm("full", "local pathway + region separation + cross-attention, as first formulated"),
+]
+CONTROLS = [
+    Arm("no-discrepancy", "local pathway without the discrepancy", LOCAL | {"local_discrepancy": False}),
+    Arm("uniform", "local pathway with a uniform kernel", LOCAL | {"uniform_smoothing": True}),
+    Arm("unsupervised", "full, attention without supervision", {"attention_supervision": False}),
+    Arm("local-dice", "local pathway, Dice on its logits", LOCAL, {"dice": 0.5}),
+]
+TRIED = [
+    Arm("balanced", "full, patch separation with classes alike", change=tried.patch_balanced),
+    Arm("contrast", "full, patch separation by contrast", change=tried.patch_contrast),
+    Arm("mask-dice", "full, attention as mask by Dice", change=tried.attention_dice),
+    Arm("nonlinear", "full, region separation by an MLP", change=tried.region_nonlinear),
+    Arm(
+        "together",
+        "full, contrast + mask Dice + MLP",
+        change=tried.together(tried.patch_contrast, tried.attention_dice, tried.region_nonlinear),
+    ),
+]
+
+
+def _peer(config: SegmentorConfig, *, decoder: str) -> object:
+    from benchmarks.evidence.peers import Peer  # only these arms need segmentation_models_pytorch
+
+    return Peer(config, decoder)  # type: ignore[arg-type]
+
+
+HEADS = [Arm(name, f"{name} decoder", build=partial(_peer, decoder=name)) for name in ("upernet", "dpt", "segformer")]
+ALL = {arm.name: arm for arm in (*PARTS, *CONTROLS, *TRIED, *HEADS)}
+
+STUDIES = {
+    "search": Training("camvid", "search", 600),
+    "final": Training("camvid", "final", 600),
+    "nuclei": Training("nuclei", "final", 400),
+}

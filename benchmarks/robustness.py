@@ -1,0 +1,125 @@
+"""What of the mIoU is left on corrupted images? The full grid, 16 corruptions in 5 severities, of trained arms.
+
+    PYTHONPATH=. python benchmarks/robustness.py run --arms baseline,local,full --seed 100
+    PYTHONPATH=. python benchmarks/robustness.py show
+
+On one val image in `--every`; what is measured is not measured again. Needs the arms' weights, which `ablation.py run
+--study final` leaves under `.repsep/evidence/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks.evidence import data
+from benchmarks.evidence.arms import ALL, STUDIES
+from benchmarks.evidence.runs import RESULTS, Run, robustness, score, trained
+from repsep_model.corruptions import CATEGORIES, CORRUPTIONS, SEVERITIES
+from repsep_model.robustness import retention
+
+FILE, PLOT = RESULTS / "robustness.jsonl", RESULTS / "robustness.png"
+CLEAN = "clean"
+
+
+def measure(arm: str, seed: int, name: str, every: int) -> dict[str, Any]:
+    """The mIoU at the five severities of a corruption, or of the clean images."""
+    torch.set_num_threads(1)
+    _, judged = data.read("camvid", "final")
+    few = judged.every(every)
+    with ALL[arm].change():
+        model = trained(Run(ALL[arm], seed, STUDIES["final"]), len(judged.classes))
+        if name == CLEAN:
+            found = {"0": score(model, few)["miou"]}
+        else:
+            grid = robustness(model, few, tuple((name, severity) for severity in SEVERITIES))["grid"]
+            found = {point.rpartition("/")[2]: value for point, value in grid.items()}
+    return {"arm": arm, "seed": seed, "corruption": name, "images": len(few), "miou": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["run", "show"])
+    parser.add_argument("--arms", default="baseline,local,full")
+    parser.add_argument("--seed", type=int, default=100)
+    parser.add_argument("--every", type=int, default=4)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    arms = options.arms.split(",")
+    if options.action == "show":
+        print(table(arms))
+        figure(arms).savefig(PLOT, dpi=120)
+        return
+    done = {(r["arm"], r["seed"], r["corruption"]) for r in _records()}
+    names = [CLEAN, *CORRUPTIONS]
+    wanted = [(arm, options.seed, name) for name in names for arm in arms if (arm, options.seed, name) not in done]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(measure, *each, options.every) for each in wanted]):
+            with FILE.open("a") as lines:
+                lines.write(json.dumps(future.result()) + "\n")
+            print(json.dumps(future.result()), flush=True)
+
+
+def _records() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
+
+
+def _of(arm: str) -> tuple[float, dict[tuple[str, int], float]]:
+    """The clean mIoU, and that at each point of the grid that was measured."""
+    mine = [record for record in _records() if record["arm"] == arm]
+    clean = next(record["miou"]["0"] for record in mine if record["corruption"] == CLEAN)
+    points = {
+        (record["corruption"], int(severity)): value
+        for record in mine
+        if record["corruption"] != CLEAN
+        for severity, value in record["miou"].items()
+    }
+    return clean, points
+
+
+def table(arms: list[str]) -> str:
+    """Markdown: retention by category; behind it the mean corrupted mIoU, which a lower clean mIoU cannot raise."""
+    lines = ["| | clean mIoU | " + " | ".join(CATEGORIES) + " | overall | corrupted mIoU |", "|" + "---|" * 8]
+    for arm in arms:
+        clean, points = _of(arm)
+        kept = retention(clean, points)
+        cells = [f"{kept.categories[name]:.3f}" for name in CATEGORIES]
+        mean = float(np.mean(list(points.values())))
+        lines.append(f"| {arm} | {clean:.4f} | {' | '.join(cells)} | {kept.overall:.3f} | {mean:.4f} |")
+    return "\n".join(lines)
+
+
+def figure(arms: list[str]) -> Figure:
+    """A panel for each category: mIoU over severity, mean of its corruptions."""
+    drawn = Figure(figsize=(13, 3.8), layout="constrained")
+    for axis, (category, names) in zip(
+        drawn.subplots(1, len(CATEGORIES), sharey=True), CATEGORIES.items(), strict=True
+    ):
+        for arm, colour, style in zip(
+            arms, ("#d55e00", "#009e73", "#0072b2", "0.4"), ("o-", "^-", "s-", "d-"), strict=False
+        ):
+            clean, points = _of(arm)
+            means = [float(np.mean([points[name, s] for name in names])) for s in SEVERITIES]
+            axis.plot([0, *SEVERITIES], [clean, *means], style, color=colour, label=arm)
+        axis.set_title(category)
+        axis.set_xlabel("severity (0: clean)")
+        axis.grid(color="0.92")
+        if category == next(iter(CATEGORIES)):
+            axis.set_ylabel("mIoU")
+            axis.legend(frameon=False)
+    return drawn
+
+
+if __name__ == "__main__":
+    main()
