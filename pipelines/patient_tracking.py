@@ -1,22 +1,55 @@
-"""A run in MLflow that cannot stop a training nor slow it: calls return at once, a thread writes.
+"""MLflow that is away for a while: what needs its answer waits, what is only written goes on without.
 
-While MLflow is away what is due is kept, within bounds, and tried again; that is said once. Metrics keep the time at
-which they were measured.
+A training's metrics are written by a thread. What is due meanwhile is kept, within bounds, and tried again; that is
+said once. Metrics keep the time at which they were measured.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
+from pipelines.errors import RepsepError
 from pipelines.progress import say
 from pipelines.tracking import RefusedError, RunLogger, fail_soon, measured, shown
 
 METRICS_KEPT, FILES_KEPT = 50_000, 16
 BATCH = 1000
 LONGEST_PAUSE_S = 30.0
+PATIENCE_S = 900.0
+
+Answer = TypeVar("Answer")
+
+
+def patiently(
+    call: Callable[[], Answer],
+    *,
+    within_s: float = PATIENCE_S,
+    pause_s: float = 1.0,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Answer:
+    """What the call gives, tried again while MLflow is away; its RepsepError if that lasts longer, or it is refused.
+
+    For a process that needs MLflow for nothing else: its requests fail soon there.
+    """
+    fail_soon()
+    deadline, said = time.monotonic() + within_s, False
+    while True:
+        try:
+            return call()
+        except RefusedError:
+            raise
+        except RepsepError as error:
+            if time.monotonic() + pause_s > deadline:
+                raise
+            if not said:
+                say(f"warning: waiting for up to {within_s / 60:.0f} min for MLflow: {error}")
+            said = True
+        sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
 class PatientLogger:

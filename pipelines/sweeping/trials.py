@@ -16,6 +16,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from pipelines import cluster, tracking
 from pipelines.config import SweepConfig, TrackingConfig, TrainConfig
 from pipelines.errors import RepsepError, StoppedError, StorageError, UsageError
+from pipelines.patient_tracking import patiently
 from pipelines.progress import say
 from pipelines.stage import StageRun
 from pipelines.storage import Folder
@@ -156,15 +157,10 @@ def _trial(values: dict[str, Any], place: Place, name: str) -> None:
             {"step": known.steps, "miou": known.curve[-1][1], "best_step": known.steps, "best_miou": known.miou}
         )
         return
-    tag = f"{name}/{point.key}"
-    run_id = tracking.child_run(place.tracking, place.parent, "repsep.trial", tag)
-    if run_id is None:
-        tags = {"repsep.trial": tag, "repsep.stage": "sweep"}
-        run_id = tracking.start_run(place.tracking, point.name, tags=tags, parent=place.parent)
+    run_id = patiently(lambda: _child(place, f"{name}/{point.key}", point))
     records.write_run(point, {"mlflow_run": run_id})
     uri = tracking.tracking_uri(place.tracking)
     try:
-        tracking.RunLogger(uri, run_id).params({"train": point.config.model_dump(mode="json")})
         settings = LoopSettings(point.config.model_dump(mode="json"), place.dataset, uri, run_id)
         storage = f"{place.folder}/ray/{name}-trials"
         metrics = fit(trainer(settings, storage=storage, name=point.key, callbacks=[TuneReportCallback()]))
@@ -174,6 +170,17 @@ def _trial(values: dict[str, Any], place: Place, name: str) -> None:
         raise
     # A trial that was resumed at its last step has reported nothing yet.
     tune.report({key: metrics[key] for key in ("step", "miou", "best_step", "best_miou")})
+
+
+def _child(place: Place, tag: str, point: Point) -> str:
+    """The trial's run in MLflow with its parameters: the one that it had before a crash, or a new one."""
+    run_id = tracking.child_run(place.tracking, place.parent, "repsep.trial", tag)
+    if run_id is None:
+        tags = {"repsep.trial": tag, "repsep.stage": "sweep"}
+        run_id = tracking.start_run(place.tracking, point.name, tags=tags, parent=place.parent)
+    uri = tracking.tracking_uri(place.tracking)
+    tracking.RunLogger(uri, run_id).params({"train": point.config.model_dump(mode="json")})
+    return run_id
 
 
 class Recorder(tune.Callback):

@@ -18,7 +18,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines.config import TrackingConfig
-from pipelines.patient_tracking import FILES_KEPT, PatientLogger
+from pipelines.errors import RepsepError
+from pipelines.patient_tracking import FILES_KEPT, LONGEST_PAUSE_S, PatientLogger, patiently
 from pipelines.tracking import RefusedError, RunLogger, metric_history, start_run
 from tests.ports import free_ports
 from tests.processes import kill_tree
@@ -275,3 +276,39 @@ def test_a_real_server_killed_and_started_again_has_all_metrics_and_pictures(
         client = MlflowClient(tracking_uri=uri)
         pictures = [a.path for a in client.list_artifacts(run, "overlays")]
         assert pictures == [f"overlays/step-{step:06d}.png" for step in range(50 - FILES_KEPT, 50)]
+
+
+def test_what_needs_an_answer_waits_for_an_mlflow_that_comes_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(name, "1")
+    answers: list[Any] = [RepsepError("no answer")] * 7 + ["run"]
+    waited: list[float] = []
+
+    def call() -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    assert patiently(call, sleep=waited.append) == "run"
+    assert waited == [1, 2, 4, 8, 16, LONGEST_PAUSE_S, LONGEST_PAUSE_S]
+    assert capsys.readouterr().err.count("waiting") == 1
+
+
+@pytest.mark.parametrize("error", [RefusedError("no such run"), RepsepError("no answer")])
+def test_a_refusal_is_not_waited_out_and_an_outage_not_for_ever(
+    error: RepsepError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(name, "1")
+
+    def call() -> str:
+        raise error
+
+    waited: list[float] = []
+    within = 900.0 if isinstance(error, RefusedError) else 0.5
+    with pytest.raises(type(error)):
+        patiently(call, within_s=within, sleep=waited.append)
+    assert not waited
