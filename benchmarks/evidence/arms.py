@@ -9,6 +9,7 @@ from benchmarks.evidence.runs import BASELINE, Arm, Training
 from repsep_model import SegmentorConfig
 
 LOCAL = {"separation": "none", "cross_attention": 0}
+LIGHT = {"coarse": 0.1, "attention": 0.1, "identity": 0.025, "region": 0.025, "patch": 0.025}
 
 PARTS = [
     BASELINE,
@@ -29,10 +30,12 @@ TRIED = [
     Arm("contrast", "full, patch separation by contrast", change=tried.patch_contrast),
     Arm("mask-dice", "full, attention as mask by Dice", change=tried.attention_dice),
     Arm("nonlinear", "full, region separation by an MLP", change=tried.region_nonlinear),
+    Arm("presence", "full, class scores with the presence that regions tell", change=tried.presence),
+    Arm("light", "full, the new auxiliary weights at a quarter", weights=LIGHT),
     Arm(
         "together",
-        "full, contrast + mask Dice + MLP",
-        change=tried.together(tried.patch_contrast, tried.attention_dice, tried.region_nonlinear),
+        "full, contrast + mask Dice + MLP + presence",
+        change=tried.together(tried.patch_contrast, tried.attention_dice, tried.region_nonlinear, tried.presence),
     ),
 ]
 

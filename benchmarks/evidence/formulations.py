@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repsep_model import losses, segmentor
+from repsep_model.cross_attention import DiscriminativeCrossAttention, Regions
 from repsep_model.labels import IGNORE_INDEX, majority_reduce
 from repsep_model.layers import ChannelNorm
 from repsep_model.separation import RegionSeparation
@@ -132,3 +134,22 @@ def own_and_rival(f_BDhw: Tensor, coarse_BKhw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 region_nonlinear = _replacing(segmentor, "RegionSeparation", NonlinearRegionSeparation)
+
+
+class PresenceCrossAttention(DiscriminativeCrossAttention):
+    """A class's score gets what its region says of whether the class is there at all, the same at every location: the
+    region of a class that is absent is made of what it is confused with."""
+
+    def __init__(self, width: int, num_classes: int, layers: int, *, tau: float = 4.0) -> None:
+        super().__init__(width, num_classes, layers, tau=tau)
+        self.presence = nn.Linear(width, 1)
+        nn.init.zeros_(self.presence.weight)
+        nn.init.zeros_(self.presence.bias)
+
+    def forward(self, f_BDhw: Tensor) -> Regions:
+        found = super().forward(f_BDhw)
+        prior_BK = self.presence(self.region_norm(found.regions_BKD)).float().squeeze(2)
+        return replace(found, scores_BKhw=found.scores_BKhw + prior_BK[:, :, None, None])
+
+
+presence = _replacing(segmentor, "DiscriminativeCrossAttention", PresenceCrossAttention)
