@@ -31,11 +31,14 @@ TRIED = [
     Arm("mask-dice", "full, attention as mask by Dice", change=tried.attention_dice),
     Arm("nonlinear", "full, region separation by an MLP", change=tried.region_nonlinear),
     Arm("presence", "full, class scores with the presence that regions tell", change=tried.presence),
+    Arm("centred", "full, regions and locations compared without what they share", change=tried.centred),
     Arm("light", "full, the new auxiliary weights at a quarter", weights=LIGHT),
     Arm(
         "together",
-        "full, contrast + mask Dice + MLP + presence",
-        change=tried.together(tried.patch_contrast, tried.attention_dice, tried.region_nonlinear, tried.presence),
+        "full, contrast + mask Dice + MLP + centred + presence",
+        change=tried.together(
+            tried.patch_contrast, tried.attention_dice, tried.region_nonlinear, tried.centred_presence
+        ),
     ),
 ]
 

@@ -153,3 +153,39 @@ class PresenceCrossAttention(DiscriminativeCrossAttention):
 
 
 presence = _replacing(segmentor, "DiscriminativeCrossAttention", PresenceCrossAttention)
+
+
+class CentredCrossAttention(DiscriminativeCrossAttention):
+    """What all regions of an image share is taken out of them, and what all its locations share out of these, before
+    they are compared: else each region is mostly the image's mean and the cosines hardly differ."""
+
+    presence_too = False
+
+    def __init__(self, width: int, num_classes: int, layers: int, *, tau: float = 4.0) -> None:
+        super().__init__(width, num_classes, layers, tau=tau)
+        if self.presence_too:
+            self.presence = nn.Linear(width, 1)
+            nn.init.zeros_(self.presence.weight)
+            nn.init.zeros_(self.presence.bias)
+
+    def forward(self, f_BDhw: Tensor) -> Regions:
+        B, _, h, w = f_BDhw.shape
+        queries_BKD = self.queries.expand(B, -1, -1)
+        for layer in self.layers:
+            queries_BKD, attention_BKN = layer(queries_BKD, f_BDhw)
+        regions_BKD = self.region(self.region_norm(queries_BKD)).float()
+        unit_BKD = F.normalize(regions_BKD - regions_BKD.mean(dim=1, keepdim=True), dim=2)
+        embedded_BDN = self.embed(f_BDhw).flatten(2).float()
+        own_BDN = F.normalize(embedded_BDN - embedded_BDN.mean(dim=2, keepdim=True), dim=1)
+        scores_BKN = self.tau * (unit_BKD @ own_BDN)
+        if self.presence_too:
+            scores_BKN = scores_BKN + self.presence(self.region_norm(queries_BKD)).float()
+        return Regions(unit_BKD, scores_BKN.view(B, -1, h, w), attention_BKN.view(B, -1, h, w))
+
+
+class CentredPresenceCrossAttention(CentredCrossAttention):
+    presence_too = True
+
+
+centred = _replacing(segmentor, "DiscriminativeCrossAttention", CentredCrossAttention)
+centred_presence = _replacing(segmentor, "DiscriminativeCrossAttention", CentredPresenceCrossAttention)
