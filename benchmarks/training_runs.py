@@ -130,6 +130,9 @@ class Run:
     def wait_for_step(self, step: int) -> None:
         wait_for(lambda: self.step() >= step, self.process, f"step {step}", self.log)
 
+    def wait_for_words(self, words: str) -> None:
+        wait_for(lambda: words in self.text(), self.process, repr(words), self.log)
+
     def wait(self) -> int:
         """The exit code; a run that hangs is an error of the proof."""
         try:
