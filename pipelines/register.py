@@ -68,7 +68,8 @@ def register(workspace: str, recipe: Recipe) -> Receipt:
             config=config,
             inputs={"evaluation": evaluation.digest, "model": model.digest, "champion": inherited},
             packages=PACKAGES,
-            again=_version_of(recipe, config.name, evaluation) is None,  # the registry may be another one by now
+            again="" if _version_of(recipe, config.name, evaluation) else "the registry has no version of this model",
+            lease=True,
             body=lambda run: _register(run, workspace, recipe, evaluation, model, champion),
         )
 

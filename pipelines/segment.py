@@ -23,7 +23,7 @@ from pipelines.config import Recipe, SegmentConfig
 from pipelines.errors import RepsepError, StorageError, UsageError
 from pipelines.models import FetchedModel, fetch_model
 from pipelines.progress import say
-from pipelines.stage import Receipt, StageRun, run_stage
+from pipelines.stage import Receipt, StageRun, is_planning, run_stage
 from pipelines.storage import Folder, absolute_uri
 
 PACKAGES = ("pipelines", "repsep_model")
@@ -68,14 +68,15 @@ def segment(workspace: str, recipe: Recipe, *, dry_run: bool = False) -> Receipt
             }
             if dry_run:
                 return counts
-            output.claim(identity, model.classes, overwrite=config.overwrite)
+            if not is_planning():
+                output.claim(identity, model.classes, overwrite=config.overwrite)
             return run_stage(
                 "segment",
                 workspace=workspace,
                 config=config.model_copy(update=THIS_RUN_ONLY),
                 inputs={"model": model.digest, "listing": plan.listing},
                 packages=PACKAGES,
-                again=bool(plan.todo) or output.has_commits(),
+                again=f"{plan.todo} {plan.kind} to do" if plan.todo else "to compact" if output.has_commits() else "",
                 body=lambda run: _segment(run, config, source, output, model, plan),
             )
 

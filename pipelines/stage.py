@@ -4,7 +4,8 @@
                                            ...              what the stage makes
                                            _SUCCESS.json    last, in one PUT: what went in and came out, its digest
 
-A receipt with the same fingerprint means that the work is done. Resuming a workflow is running it again.
+A receipt with the same fingerprint means that the work is done. Resuming a workflow is running it again. While it is
+only planned, a stage that would run raises `WouldRunError` instead, and nothing is written.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipelines.config import Section
 from pipelines.errors import RepsepError, StorageError
+from pipelines.progress import say
 from pipelines.storage import Folder
 
 STARTED, SUCCESS, LEASE, LATEST = "_STARTED.json", "_SUCCESS.json", "_LEASE.json", "_LATEST.json"
@@ -34,6 +37,43 @@ LEASE_REFRESH_S = 20.0
 LEASE_EXPIRES_S = 90.0
 TAKEOVER_S = 1.0
 RECORDED_PACKAGES = ("ray", "torch", "torchvision", "timm", "mlflow", "pyarrow", "numpy", "pillow", "fsspec", "s3fs")
+
+
+class WouldRunError(Exception):
+    """Raised instead of running a stage while a workflow is planned. Says why it would run."""
+
+    def __init__(self, stage: str, why: str) -> None:
+        super().__init__(f"{stage}: {why}")
+        self.stage, self.why = stage, why
+
+
+_planned: ContextVar[dict[tuple[str, str], Folder] | None] = ContextVar("planned", default=None)
+"""While planning: the folder of each (workspace, stage) that was found done, instead of the workspace's pointers."""
+_verified: ContextVar[bool] = ContextVar("verified", default=False)
+
+
+@contextlib.contextmanager
+def planning() -> Iterator[None]:
+    """For the time of the block stages look what is done and run nothing."""
+    token = _planned.set({})
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+@contextlib.contextmanager
+def verifying() -> Iterator[None]:
+    """For the time of the block a receipt counts only if its files have its digests, not just its sizes."""
+    token = _verified.set(True)
+    try:
+        yield
+    finally:
+        _verified.reset(token)
+
+
+def is_planning() -> bool:
+    return _planned.get() is not None
 
 
 @dataclass(frozen=True)
@@ -81,7 +121,7 @@ def run_stage(
     packages: Iterable[str],
     body: Callable[[StageRun], None],
     lease: bool = False,
-    again: bool = False,
+    again: str = "",
     latest: bool = True,
     begin: Callable[[], Mapping[str, Any]] | None = None,
 ) -> Receipt:
@@ -89,15 +129,23 @@ def run_stage(
 
     `inputs` are digests by name; `packages` those of this project that the stage imports, whose source counts; `begin`
     gives what `_STARTED.json` keeps for a run that continues this one. With `lease`, a second run at the same time is
-    refused; with `again` a receipt that is there does not count; without `latest` later stages do not take this one as
-    their input.
+    refused; `again` says why a receipt that is there does not count; without `latest` later stages do not take this one
+    as their input.
     """
     fingerprint = fingerprint_of(name, config, inputs, packages)
     folder = Folder(workspace) / name / fingerprint[:12]
-    if not again and (done := read_receipt(folder)) is not None and _outputs_whole(folder, done):
+    done = read_receipt(folder)
+    damaged = _damaged(folder, done) if done is not None else []
+    if done is not None and not again and not damaged:
         if latest:
             _point_to(workspace, name, folder)
         return Receipt(**(_fields(done) | {"cached": True}))
+    if damaged:
+        again = f"changed or missing: {', '.join(damaged[:3])}{' and more' if len(damaged) > 3 else ''}"
+    if is_planning():
+        raise WouldRunError(name, again or _why(workspace, name, folder, config, inputs, packages))
+    if damaged:
+        say(f"{name}: warning: it is done again, for of its outputs in {folder.uri} these are {again}")
     began = time.time()
     with _Lease(folder, name) if lease else contextlib.nullcontext() as held:
         run = StageRun(folder, fingerprint, _started(folder, begin))
@@ -108,6 +156,7 @@ def run_stage(
             "uri": folder.uri,
             "inputs": dict(inputs),
             "config": config.model_dump(mode="json"),
+            "code": code_version(packages),
             "results": run.results,
             "outputs": {
                 key: {"size": folder.size_of(key), "sha256": folder.sha256(key)} for key in sorted(run.outputs)
@@ -128,15 +177,54 @@ def run_stage(
 
 def latest_receipt(workspace: str, stage: str) -> Receipt:
     """The receipt of the stage that was last done, or found done, in this workspace. Raises RepsepError if none was."""
-    root = Folder(workspace) / stage
-    pointer = root.read_if_present(LATEST)
-    values = read_receipt(root / json.loads(pointer)["folder"]) if pointer is not None else None
+    values = _latest(workspace, stage)
     if values is None:
         raise RepsepError(f"no finished {stage} in {workspace}; run `repsep {stage}` with the same recipe first")
     return Receipt(**_fields(values))
 
 
+def _latest(workspace: str, stage: str) -> dict[str, Any] | None:
+    root, planned = Folder(workspace) / stage, _planned.get()
+    if planned is not None and (workspace, stage) in planned:
+        return read_receipt(planned[workspace, stage])
+    pointer = root.read_if_present(LATEST)
+    return read_receipt(root / json.loads(pointer)["folder"]) if pointer is not None else None
+
+
+def _why(
+    workspace: str, name: str, folder: Folder, config: Section, inputs: Mapping[str, str], packages: Iterable[str]
+) -> str:
+    """What differs from the latest run of the stage."""
+    if folder.read_if_present(STARTED) is not None:
+        return "it was begun and is not done"
+    before = _latest(workspace, name)
+    if before is None:
+        return "it was never run in this workspace"
+    old, new = (dict(_leaves(values)) for values in (before["config"], config.model_dump(mode="json")))
+    reasons = [
+        f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith("runtime.")
+    ]
+    reasons += [f"another {key}" for key in sorted(inputs) if before["inputs"].get(key) != inputs[key]]
+    if before.get("code") != code_version(packages):
+        reasons.append("the code changed")
+    return "; ".join(reasons)
+
+
+def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def _point_to(workspace: str, stage: str, folder: Folder) -> None:
+    if (planned := _planned.get()) is not None:
+        planned[workspace, stage] = folder
+        return
     pointer = json.dumps({"folder": folder.uri.rpartition("/")[2]}).encode()
     root = Folder(workspace) / stage
     if root.read_if_present(LATEST) != pointer:
@@ -207,8 +295,13 @@ def _fields(receipt: Mapping[str, Any]) -> dict[str, Any]:
     return {name: receipt[name] for name in names}
 
 
-def _outputs_whole(folder: Folder, receipt: Mapping[str, Any]) -> bool:
-    return all(folder.size_of(key) == output["size"] for key, output in receipt["outputs"].items())
+def _damaged(folder: Folder, receipt: Mapping[str, Any]) -> list[str]:
+    """The outputs that are not what the receipt says: of another size, or while verifying of another digest."""
+    return [
+        key
+        for key, output in receipt["outputs"].items()
+        if folder.size_of(key) != output["size"] or (_verified.get() and folder.sha256(key) != output["sha256"])
+    ]
 
 
 def _started(folder: Folder, begin: Callable[[], Mapping[str, Any]] | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipelines.config import Recipe
-from pipelines.stage import Receipt
+from pipelines.stage import Receipt, WouldRunError, planning
 from pipelines.storage import absolute_uri, home
 
 
@@ -47,6 +47,22 @@ def run_workflow(recipe: Recipe) -> Iterator[Receipt]:
         assert isinstance(bulk, Receipt)
         yield kept(bulk)
     yield report(workspace, recipe, done)
+
+
+def plan_workflow(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yields (stage, what would happen and why) in order; nothing is run and nothing written into the workspace."""
+    stages = ["prepare", "sweep", "train", "evaluate", "register", "segment", "report"]
+    left = [stage for stage in stages if stage not in ("sweep", "segment") or getattr(recipe, stage) is not None]
+    with planning():
+        try:
+            for receipt in run_workflow(recipe):
+                left.remove(receipt.stage)
+                yield receipt.stage, f"cached: {receipt.uri}"
+        except WouldRunError as first:
+            left.remove(first.stage)
+            yield first.stage, f"runs: {first.why}"
+            for stage in left:
+                yield stage, f"runs if what comes out of {first.stage} is new"
 
 
 def describe(receipt: Receipt) -> list[str]:

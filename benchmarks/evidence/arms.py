@@ -10,6 +10,7 @@ from repsep_model import SegmentorConfig
 
 LOCAL = {"separation": "none", "cross_attention": 0}
 LIGHT = {"coarse": 0.1, "attention": 0.1, "identity": 0.025, "region": 0.025, "patch": 0.025}
+TOGETHER = tried.patch_contrast | tried.attention_dice | tried.region_nonlinear | tried.centred_presence
 
 PARTS = [
     BASELINE,
@@ -28,7 +29,7 @@ CONTROLS = [
 TRIED = [
     Arm("balanced", "full, patch separation with classes alike", change=tried.patch_balanced),
     Arm("contrast", "full, patch separation by contrast", change=tried.patch_contrast),
-    Arm("mask-dice", "full, attention as mask by Dice", change=tried.attention_dice),
+    Arm("mask-dice", "full, attention as mask by Dice too", change=tried.attention_dice),
     Arm("nonlinear", "full, region separation by an MLP", change=tried.region_nonlinear),
     Arm("presence", "full, class scores with the presence that regions tell", change=tried.presence),
     Arm("centred", "full, regions and locations compared without what they share", change=tried.centred),
@@ -36,10 +37,9 @@ TRIED = [
     Arm(
         "together",
         "full, contrast + mask Dice + MLP + centred + presence",
-        change=tried.together(
-            tried.patch_contrast, tried.attention_dice, tried.region_nonlinear, tried.centred_presence
-        ),
+        change=TOGETHER,
     ),
+    Arm("together-dice", "the same, Dice on its logits", weights={"dice": 0.5}, change=TOGETHER),
 ]
 
 

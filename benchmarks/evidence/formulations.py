@@ -6,8 +6,8 @@ Shapes: B batch, K classes, D width, E embedding, h x w grid, N = h * w.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,31 +19,30 @@ from repsep_model.labels import IGNORE_INDEX, majority_reduce
 from repsep_model.layers import ChannelNorm
 from repsep_model.separation import RegionSeparation
 
-Change = Callable[[], contextlib.AbstractContextManager[object]]
 
+@dataclass(frozen=True)
+class Change:
+    """Replaces functions or classes of repsep_model, named `module.name`, for the time of a block. Can be pickled."""
 
-def together(*changes: Change) -> Change:
+    replaced: Mapping[str, object]
+
     @contextlib.contextmanager
-    def all_of() -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for change in changes:
-                stack.enter_context(change())
-            yield
-
-    return all_of
-
-
-def _replacing(module: object, name: str, value: object) -> Change:
-    @contextlib.contextmanager
-    def change() -> Iterator[None]:
-        before = getattr(module, name)
-        setattr(module, name, value)
+    def __call__(self) -> Iterator[None]:
+        places = {name: (MODULES[name.partition(".")[0]], name.partition(".")[2]) for name in self.replaced}
+        before = {name: getattr(*place) for name, place in places.items()}
         try:
+            for name, value in self.replaced.items():
+                setattr(*places[name], value)
             yield
         finally:
-            setattr(module, name, before)
+            for name, value in before.items():
+                setattr(*places[name], value)
 
-    return change
+    def __or__(self, other: Change) -> Change:
+        return Change({**self.replaced, **other.replaced})
+
+
+MODULES = {"losses": losses, "segmentor": segmentor}
 
 
 def _truth(reduced: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -79,14 +78,14 @@ def contrast_patch_separation(embedding_BEhw: Tensor, reduced: Tensor, num_class
     return (entropy_BK.sum(dim=1) / present.sum(dim=1).clamp_min(1)).sum()
 
 
-patch_balanced = _replacing(losses, "_patch_separation", balanced_patch_separation)
-patch_contrast = _replacing(losses, "_patch_separation", contrast_patch_separation)
+patch_balanced = Change({"losses._patch_separation": balanced_patch_separation})
+patch_contrast = Change({"losses._patch_separation": contrast_patch_separation})
 
 _terms = losses._terms
 
 
 def _dice_terms(output: segmentor.SegmentorOutput, labels: Tensor, weights: losses.LossWeights) -> losses.Terms:
-    """Attention as mask by soft Dice of each region present, instead of cross-entropy per location."""
+    """Attention as mask by soft Dice of each region present, beside the cross-entropy per location."""
     terms = _terms(output, labels, weights)
     aux = output.aux
     if aux is not None and aux.attention_BKhw is not None and "attention" in terms:
@@ -102,7 +101,7 @@ def _dice_terms(output: segmentor.SegmentorOutput, labels: Tensor, weights: loss
     return terms
 
 
-attention_dice = _replacing(losses, "_terms", _dice_terms)
+attention_dice = Change({"losses._terms": _dice_terms})
 
 
 class NonlinearRegionSeparation(RegionSeparation):
@@ -133,7 +132,7 @@ def own_and_rival(f_BDhw: Tensor, coarse_BKhw: Tensor) -> tuple[Tensor, Tensor]:
         return (centres_BDK @ p_BKN).view(f_BDhw.shape), (centres_BDK @ q_BKN).view(f_BDhw.shape)
 
 
-region_nonlinear = _replacing(segmentor, "RegionSeparation", NonlinearRegionSeparation)
+region_nonlinear = Change({"segmentor.RegionSeparation": NonlinearRegionSeparation})
 
 
 class PresenceCrossAttention(DiscriminativeCrossAttention):
@@ -152,7 +151,7 @@ class PresenceCrossAttention(DiscriminativeCrossAttention):
         return replace(found, scores_BKhw=found.scores_BKhw + prior_BK[:, :, None, None])
 
 
-presence = _replacing(segmentor, "DiscriminativeCrossAttention", PresenceCrossAttention)
+presence = Change({"segmentor.DiscriminativeCrossAttention": PresenceCrossAttention})
 
 
 class CentredCrossAttention(DiscriminativeCrossAttention):
@@ -187,5 +186,5 @@ class CentredPresenceCrossAttention(CentredCrossAttention):
     presence_too = True
 
 
-centred = _replacing(segmentor, "DiscriminativeCrossAttention", CentredCrossAttention)
-centred_presence = _replacing(segmentor, "DiscriminativeCrossAttention", CentredPresenceCrossAttention)
+centred = Change({"segmentor.DiscriminativeCrossAttention": CentredCrossAttention})
+centred_presence = Change({"segmentor.DiscriminativeCrossAttention": CentredPresenceCrossAttention})

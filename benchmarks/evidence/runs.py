@@ -295,7 +295,11 @@ def perform_all(runs: Sequence[Run], file: Path, jobs: int) -> Iterator[dict[str
     waiting = [run for run in runs if run.key not in done]
     file.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        for future in as_completed([pool.submit(perform, run) for run in waiting]):
+        futures = {pool.submit(perform, run): run for run in waiting}
+        for future in as_completed(futures):
+            if (error := future.exception()) is not None:  # the others go on
+                print(f"{futures[future].key} failed: {type(error).__name__}: {error}", flush=True)
+                continue
             record = future.result()
             with file.open("a") as lines:
                 lines.write(json.dumps(record) + "\n")

@@ -23,11 +23,14 @@ from pipelines.stage import (
     SUCCESS,
     Receipt,
     StageRun,
+    WouldRunError,
     code_version,
     digest_of,
     latest_receipt,
+    planning,
     read_receipt,
     run_stage,
+    verifying,
 )
 from pipelines.storage import Folder
 
@@ -149,9 +152,62 @@ def test_an_output_that_is_not_whole_runs_again(run: Callable[..., Receipt], dam
 
 def test_a_stage_that_must_look_again_is_never_cached(run: Callable[..., Receipt]) -> None:
     body = Body()
-    run(body, again=True)
-    run(body, again=True)
+    run(body, again="the registry is another")
+    run(body, again="the registry is another")
     assert body.calls == 2
+
+
+def test_verifying_finds_an_output_of_the_same_size_that_was_changed(run: Callable[..., Receipt]) -> None:
+    body = Body()
+    folder = run(body).folder
+    folder.write("out/data.bin", b"012345678X")
+    assert run(body).cached
+    with verifying():
+        assert not run(body).cached
+    assert folder.read("out/data.bin") == b"0123456789"
+    with verifying():
+        assert run(body).cached
+
+
+def test_a_plan_runs_and_writes_nothing_and_says_why(run: Callable[..., Receipt], tmp_path: Path) -> None:
+    body = Body()
+
+    def why(*arguments: Any, **more: Any) -> str:
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with planning(), pytest.raises(WouldRunError) as stopped:
+            run(body, *arguments, **more)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        return stopped.value.why
+
+    assert why() == "it was never run in this workspace"
+    folder = run(body).folder
+    with planning():
+        assert run(body).cached
+    assert why(PrepareConfig(seed=3)) == "seed: 0 -> 3"
+    assert why(inputs={"data": "d2"}) == "another data"
+    assert why(again="the registry is another") == "the registry is another"
+    folder.delete("out/data.bin")
+    assert why() == "changed or missing: out/data.bin"
+    with pytest.raises(RuntimeError):
+        run(fails, PrepareConfig(seed=4))
+    assert why(PrepareConfig(seed=4)) == "it was begun and is not done"
+    assert body.calls == 1
+
+
+def test_a_plan_says_that_the_code_changed(run: Callable[..., Receipt], monkeypatch: pytest.MonkeyPatch) -> None:
+    run(Body())
+    monkeypatch.setattr(stage, "code_version", lambda packages: "another version of the source")
+    with planning(), pytest.raises(WouldRunError, match="the code changed"):
+        run(Body())
+
+
+def test_what_a_plan_finds_done_is_what_later_stages_take(run: Callable[..., Receipt], tmp_path: Path) -> None:
+    first = run(Body(), PrepareConfig(seed=1))
+    last = run(Body(), PrepareConfig(seed=2))
+    with planning():
+        run(Body(), PrepareConfig(seed=1))
+        assert latest_receipt(str(tmp_path), "prepare").uri == first.uri
+    assert latest_receipt(str(tmp_path), "prepare").uri == last.uri
 
 
 def test_the_receipt_says_what_went_in_and_what_came_out(run: Callable[..., Receipt]) -> None:

@@ -1,0 +1,129 @@
+"""The workflow runs again what depends on a change and nothing else, and its plan says so beforehand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from jobs.cli import repsep
+from pipelines.config import Recipe
+from pipelines.stage import Receipt
+from pipelines.storage import Folder
+from pipelines.workflow import plan_workflow, run_workflow
+
+pytestmark = pytest.mark.ray
+STAGES = ["prepare", "train", "evaluate", "register", "segment", "report"]
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Recipe, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A recipe of all stages but the sweep, in a workspace and a registry of its own."""
+    folder = tmp_path_factory.mktemp("workflow")
+    values = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return values | {
+        "workspace": str(folder / "workspace"),
+        "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+        "segment": {"source": str(scenes / "unlabelled"), "target": str(folder / "labelled")},
+    }
+
+
+@pytest.fixture(scope="module")
+def done(whole: dict[str, Any], ray_cluster: None) -> list[Receipt]:
+    return list(run_workflow(Recipe.model_validate(whole)))
+
+
+def changed(values: dict[str, Any], key: str, value: Any) -> Recipe:
+    copy = json.loads(json.dumps(values))
+    *sections, name = key.split(".")
+    place = copy
+    for section in sections:
+        place = place.setdefault(section, {})
+    place[name] = value
+    return Recipe.model_validate(copy)
+
+
+def files(uri: str) -> dict[str, str]:
+    return {entry.key: entry.etag for entry in Folder(uri).list()}
+
+
+def test_all_stages_run_once_and_are_then_cached(whole: dict[str, Any], done: list[Receipt]) -> None:
+    assert [receipt.stage for receipt in done] == STAGES
+    assert not any(receipt.cached for receipt in done)
+    again = list(run_workflow(Recipe.model_validate(whole)))
+    assert all(receipt.cached for receipt in again)
+    assert again == done
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "first"),
+    [
+        ("prepare.seed", 7, "prepare"),
+        ("prepare.shard_rows", 8, "prepare"),
+        ("train.lr", 0.123, "train"),
+        ("train.steps", 13, "train"),
+        ("train.model.stride", 16, "train"),
+        ("train.loss.patch", 0.0, "train"),
+        ("train.augment.flip", 0.25, "train"),
+        ("train.seed", 5, "train"),
+        ("train.runtime.workers", 1, None),
+        ("train.runtime.log_every", 1, None),
+        ("evaluate.overlays", 1, "evaluate"),
+        ("evaluate.flip", True, "evaluate"),
+        ("register.bootstrap", 50, "register"),
+        ("register.name", "another", "register"),
+        ("segment.pixel_budget", 1_000_000, "segment"),
+        ("tracking.experiment", "another", None),
+    ],
+)
+def test_a_changed_key_runs_its_stage_and_what_depends_on_it(
+    key: str, value: Any, first: str | None, whole: dict[str, Any], done: list[Receipt]
+) -> None:
+    workspace, target = whole["workspace"], whole["segment"]["target"]
+    before = files(workspace), files(target)
+    if key == "segment.pixel_budget":  # masks of other settings need another prefix
+        whole = json.loads(json.dumps(whole))
+        whole["segment"]["target"] += "-other"
+    plan = dict(plan_workflow(changed(whole, key, value)))
+    assert list(plan) == STAGES
+    runs = [stage for stage, what in plan.items() if not what.startswith("cached: ")]
+    assert runs == ([] if first is None else STAGES[STAGES.index(first) :])
+    if first not in (None, "segment"):
+        assert f"{key.partition('.')[2]}: " in plan[first]
+        assert json.dumps(value) in plan[first]
+    assert (files(workspace), files(target)) == before
+
+
+def test_what_runs_again_is_no_more_than_was_planned(whole: dict[str, Any], done: list[Receipt]) -> None:
+    recipe = changed(whole, "evaluate.overlays", 1)
+    receipts = {receipt.stage: receipt.cached for receipt in run_workflow(recipe)}
+    assert receipts["prepare"]
+    assert receipts["train"]
+    assert not receipts["evaluate"]
+    assert receipts["segment"]  # the champion is still the same
+
+
+def test_the_command_prints_the_plan_and_verifies(
+    whole: dict[str, Any], done: list[Receipt], tmp_path: Path, settings_file: Path
+) -> None:
+    planned = CliRunner().invoke(repsep, ["workflow", "--config", str(settings_file), "--plan"])
+    assert planned.exit_code == 0, planned.output
+    assert [line.split()[:2] for line in planned.stdout.splitlines()] == [[stage, "cached:"] for stage in STAGES]
+    model = Folder(done[1].results["model"])
+    weights = model.read("model.safetensors")
+    try:
+        model.write("model.safetensors", weights[:-1] + bytes([weights[-1] ^ 1]))
+        verified = CliRunner().invoke(repsep, ["workflow", "--config", str(settings_file), "--plan", "--verify"])
+    finally:
+        model.write("model.safetensors", weights)
+    assert "train     runs: changed or missing: model/model.safetensors" in verified.stdout
+
+
+@pytest.fixture
+def settings_file(whole: dict[str, Any], tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(whole))
+    return file
