@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "Train a segmentor.",
     "evaluate": "Results of a model on a split.",
     "register": "Register a model; champion if better.",
+    "models": "List, compare, promote and roll back versions.",
     "segment": "Label every image under a prefix.",
     "demo": "Everything once, on generated images.",
 }

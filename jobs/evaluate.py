@@ -10,13 +10,16 @@ from jobs.options import main, read_recipe, recipe_options, show
 
 @click.command("evaluate")
 @recipe_options
-def command(config: str | None, settings: tuple[str, ...], as_json: bool) -> None:
-    """Evaluate a model: mIoU and IoU per class on a split, beside a per-position prior.
+@click.option("--corruptions", type=click.Choice(["none", "fast", "full"]), help="Also on corrupted images.")
+def command(config: str | None, settings: tuple[str, ...], as_json: bool, corruptions: str | None) -> None:
+    """Evaluate a model: IoU, boundaries, calibration and worst images on a split, beside a per-position prior.
 
     By default the latest trained model on the val split of the latest dataset.
     """
     from pipelines.evaluate import evaluate
 
+    if corruptions is not None:
+        settings = (*settings, f"evaluate.corruptions={corruptions}")
     recipe, workspace = read_recipe(config, settings)
     show(evaluate(workspace, recipe), as_json)
 

@@ -292,6 +292,10 @@ class EvaluateConfig(Section):
         (1.0,), min_length=1, description="sizes of each image whose probabilities are averaged, 1 as it is"
     )
     flip: bool = Field(False, description="average with the mirror images too")
+    corruptions: Literal["none", "fast", "full"] = Field(
+        "none",
+        description="also on corrupted images: 12 times the work, or with full (16 kinds, 5 severities) 80 times",
+    )
 
 
 class RegisterConfig(Section):
@@ -300,6 +304,12 @@ class RegisterConfig(Section):
     name: str = Field("repsep", pattern="^[^/:@]+$", description="name of the registered model, without / : @")
     max_class_drop: float = Field(
         0.02, ge=0, description="largest loss of IoU that any class of 1,000 pixels or more may have"
+    )
+    class_floors: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        {}, description="the least IoU of classes, by name, without which no model becomes champion"
+    )
+    min_retention: float | None = Field(
+        None, ge=0, description="the least share of the mIoU to be kept on corrupted images; needs evaluate.corruptions"
     )
     bootstrap: int = Field(2000, ge=100, description="resamples of the paired bootstrap over images")
 

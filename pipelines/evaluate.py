@@ -1,11 +1,15 @@
-"""How good a model is on a dataset's split: confusion over whole images, per class and per image, beside a blind prior.
+"""How good a model is on a dataset's split: per class and per image, on corrupted images too, beside a blind prior.
 
-The counts of every image are kept: registration compares two models by a paired bootstrap over them.
+per_image.parquet      counts of every image: registration compares two models by a paired bootstrap over them
+confusion.parquet      one confusion matrix for each corruption and severity
+diagnostics.json       how separate each map's representations are
+evaluation.html        a page of all of it, with the worst images
 """
 
 from __future__ import annotations
 
 import io
+import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -13,28 +17,34 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import torch
 from numpy.typing import NDArray
 
-from pipelines import cluster, tracking
+from pipelines import tracking
 from pipelines.config import EvaluateConfig, Recipe
-from pipelines.dataset import Dataset, Split, open_dataset
+from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import RepsepError, UsageError
-from pipelines.models import FetchedModel, fetch_model, load_files
-from pipelines.pictures import encoded, triptych
-from pipelines.progress import Progress, say
+from pipelines.evaluation.job import drawn, measure
+from pipelines.evaluation.measures import CLEAN, SEGMENTING, Measured, image_counts, mean_diagnostics
+from pipelines.evaluation.page import evaluation_page, miou_of
+from pipelines.models import FetchedModel, fetch_model
+from pipelines.progress import say
 from pipelines.stage import Receipt, StageRun, latest_receipt, run_stage
 from repsep_model.checkpoint import load_classes
 from repsep_model.images import UInt8
-from repsep_model.inference import segment_image
-from repsep_model.metrics import Scores, scores_from_counts
+from repsep_model.metrics import Scores, boundary_scores_from_counts, reliability_from_counts, scores_from_counts
+from repsep_model.robustness import retention
 
 PACKAGES = ("pipelines", "repsep_model")
 PRIOR_MASKS = 2000
-PER_IMAGE, OVERLAYS = "per_image.parquet", "overlays"
+PER_IMAGE, CONFUSION, DIAGNOSTICS, PAGE = (
+    "per_image.parquet",
+    "confusion.parquet",
+    "diagnostics.json",
+    "evaluation.html",
+)
+OVERLAYS = "overlays"
 COUNTS = ("intersection", "predicted", "labelled")
-SEGMENTING = ("pixel_budget", "scales", "flip")
+MEANS = ("miou", "macc", "aacc", "fwiou", "mdice")
 
 Counts = dict[str, NDArray[np.int64]]
 """intersection, predicted and labelled pixels, each (images, K) int64."""
@@ -77,11 +87,21 @@ def _evaluate(
     mlflow_run: str | None,
 ) -> None:
     _check_classes(dataset, model)
-    keys, counts = _count_split(run, config, dataset, model)
+    measured = measure(config, dataset, model)
+    counts = dict(zip(COUNTS, measured.counts.transpose(1, 0, 2), strict=True))
     scores = scores_from_counts(*(counts[name].sum(axis=0) for name in COUNTS))
+    edges = boundary_scores_from_counts(*measured.boundary.sum(axis=0))
+    pixels, right = measured.calibration
+    reliability = reliability_from_counts(pixels, right, measured.confidence)
+    corrupted = {point: miou_of(matrix) for point, matrix in measured.confusion.items() if point != CLEAN}
+    kept = retention(scores.miou, corrupted) if corrupted else None
     prior = prior_scores(dataset, config.split)
-    _write_per_image(run, keys, counts)
-    per_class = dict(zip(dataset.class_names, (_number(v) for v in scores.iou), strict=True))
+    diagnostics = mean_diagnostics(measured.diagnostics)
+    _write_per_image(run, measured.keys, counts, measured.boundary)
+    _write_confusion(run, measured, dataset.class_names)
+    run.folder.write(DIAGNOSTICS, json.dumps(_without_nan(diagnostics), indent=1).encode())
+    for number, picture in measured.pictures.items():
+        run.folder.write(f"{OVERLAYS}/{number:03d}.jpg", picture)
     run.results = {
         "model": model.uri,
         "model_digest": model.digest,
@@ -89,27 +109,51 @@ def _evaluate(
         "evaluation": dataset.split_digest(config.split),
         "mlflow_run": mlflow_run,
         "split": config.split,
-        **config.model_dump(mode="json", include=set(SEGMENTING)),
-        "images": len(keys),
+        **config.model_dump(mode="json", include={*SEGMENTING, "corruptions"}),
+        "images": len(measured.keys),
         **{name: _number(v) for name, v in scores.means().items()},
+        "boundary_miou": _number(edges.miou),
+        "ece": _number(reliability.ece),
         "classes_scored": scores.classes_scored,
+        "retention": None if kept is None else _number(kept.overall),
+        "retention_by_category": {} if kept is None else {k: _number(v) for k, v in kept.categories.items()},
         "prior_miou": _number(prior.miou),
         "prior_aacc": _number(prior.aacc),
-        "iou": per_class,
+        "iou": _by_class(dataset, scores.iou),
+        "boundary_iou": _by_class(dataset, edges.iou),
     }
-    run.outputs = (
-        [PER_IMAGE, *(f"{OVERLAYS}/{e.key}" for e in (run.folder / OVERLAYS).list())]
-        if config.overlays
-        else [PER_IMAGE]
-    )
+    worst = _worst(config, dataset, model, measured)
+    page = evaluation_page(dataset, measured, run.results, reliability, diagnostics, worst)
+    run.folder.write(PAGE, page.encode())
+    run.results["page"] = run.folder.uri_of(PAGE)
+    run.outputs = [PER_IMAGE, CONFUSION, DIAGNOSTICS, PAGE, *(f"{OVERLAYS}/{n:03d}.jpg" for n in measured.pictures)]
     if mlflow_run is not None:
-        values = {f"eval/{n}": v for n, v in scores.means().items()} | {"eval/prior_miou": prior.miou}
-        values |= {f"eval_iou/{n}": float(v) for n, v in zip(dataset.class_names, scores.iou, strict=True)}
-        try:
-            if tracking.run_exists(recipe.tracking, mlflow_run):
-                tracking.RunLogger(tracking.tracking_uri(recipe.tracking), mlflow_run).metrics(values)
-        except RepsepError as error:  # the receipt has them: no reason to lose an evaluation
-            say(f"evaluate: warning: the scores are not in MLflow: {error}")
+        _log(recipe, mlflow_run, run.results, page)
+
+
+def _log(recipe: Recipe, mlflow_run: str, results: Mapping[str, Any], page: str) -> None:
+    names = (*MEANS, "boundary_miou", "ece", "retention", "prior_miou")
+    values = {f"eval/{name}": results[name] for name in names if results[name] is not None}
+    values |= {f"eval_iou/{name}": iou for name, iou in results["iou"].items() if iou is not None}
+    try:
+        if tracking.run_exists(recipe.tracking, mlflow_run):
+            logger = tracking.RunLogger(tracking.tracking_uri(recipe.tracking), mlflow_run)
+            logger.metrics(values)
+            logger.text(page, PAGE)
+    except RepsepError as error:  # the receipt has them: no reason to lose an evaluation
+        say(f"evaluate: warning: the scores are not in MLflow: {error}")
+
+
+def _worst(
+    config: EvaluateConfig, dataset: Dataset, model: FetchedModel, measured: Measured
+) -> list[tuple[str, float, bytes]]:
+    """Key, mIoU and picture of the images with the lowest mIoU."""
+    mious = np.array([scores_from_counts(*image).miou for image in measured.counts])
+    order = np.argsort(np.where(np.isnan(mious), np.inf, mious), kind="stable")[: 2 * config.overlays]
+    starts = dataset.split(config.split).starts
+    groups = {measured.keys[i]: int(np.searchsorted(starts, i, side="right")) - 1 for i in order.tolist()}
+    pictures = drawn(config, dataset, model, groups)
+    return [(measured.keys[i], float(mious[i]), pictures[measured.keys[i]]) for i in order.tolist()]
 
 
 def prior_scores(dataset: Dataset, split: str) -> Scores:
@@ -129,65 +173,8 @@ def prior_scores(dataset: Dataset, split: str) -> Scores:
             if k < dataset.num_classes:
                 votes[k] += resized == k
     guess = votes.argmax(axis=0).astype(np.uint8)
-    counts = [
-        _image_counts(_nearest(guess, m.shape), m, dataset.num_classes) for m in dataset.split(split).masks(10**9)
-    ]
+    counts = [image_counts(_nearest(guess, m.shape), m, dataset.num_classes) for m in dataset.split(split).masks(10**9)]
     return scores_from_counts(*np.sum(counts, axis=0))
-
-
-def _count_split(
-    run: StageRun, config: EvaluateConfig, dataset: Dataset, model: FetchedModel
-) -> tuple[list[str], Counts]:
-    """Each of several Ray tasks takes every n-th image; the counts come back by key: their number cannot matter."""
-    cluster.connect()
-    cluster.refuse_local(dataset.folder.uri, "the dataset")
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    workers = gpus or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    files: Any = ray.put(model.files())
-    task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=3)(_evaluate_share)
-    pending = [task.remote(files, dataset.folder.uri, config, rank, workers) for rank in range(workers)]
-    found: dict[str, Any] = {}
-    progress = Progress("evaluate: image", len(dataset.split(config.split)))
-    while pending:
-        done, pending = ray.wait(pending)
-        for key, number, counts, picture in ray.get(done[0]):
-            found[key] = counts
-            if picture is not None:
-                run.folder.write(f"{OVERLAYS}/{number:03d}.jpg", picture)
-        progress.advance(len(found) - progress.done)
-    keys = sorted(found)
-    stacked = np.stack([found[key] for key in keys])
-    return keys, {name: stacked[:, i] for i, name in enumerate(COUNTS)}
-
-
-def _evaluate_share(
-    files: Mapping[str, bytes], dataset_uri: str, config: EvaluateConfig, rank: int, workers: int
-) -> list[Any]:
-    """(key, number, (3, K) counts, picture or None) of this share's images."""
-    dataset = open_dataset(dataset_uri)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        torch.set_num_threads(1)
-    model = load_files(files).to(device)
-    part: Split = dataset.split(config.split)
-    every = max(1, len(part) // config.overlays) if config.overlays else 0
-    segmenting: dict[str, Any] = config.model_dump(include=set(SEGMENTING))
-    found = []
-    first, _ = part.share_of(len(part), rank, workers)
-    for number, (key, image, mask) in enumerate(part.share(rank, workers), first):
-        labels = segment_image(model, image, **segmenting).labels
-        shown = bool(config.overlays) and number % every == 0 and number // every < config.overlays
-        picture = encoded(triptych((image, mask, labels), dataset.colours), "JPEG") if shown else None
-        found.append((key, number, _image_counts(labels, mask, dataset.num_classes), picture))
-    return found
-
-
-def _image_counts(predicted: UInt8, mask: UInt8, num_classes: int) -> NDArray[np.int64]:
-    """(3, K): intersection, predicted and labelled pixels among the labelled ones."""
-    valid = mask < num_classes
-    predicted, mask = predicted[valid], mask[valid]
-    right = np.bincount(mask[predicted == mask], minlength=num_classes)
-    return np.stack([right, np.bincount(predicted, minlength=num_classes), np.bincount(mask, minlength=num_classes)])
 
 
 def _nearest(mask: UInt8, size: tuple[int, ...]) -> UInt8:
@@ -207,12 +194,37 @@ def _check_classes(dataset: Dataset, model: FetchedModel) -> None:
         )
 
 
-def _write_per_image(run: StageRun, keys: list[str], counts: Counts) -> None:
+def _write_per_image(run: StageRun, keys: list[str], counts: Counts, boundary: NDArray[np.int64]) -> None:
     out = io.BytesIO()
-    pq.write_table(pa.table({"key": keys} | {name: [row.tolist() for row in counts[name]] for name in COUNTS}), out)
+    columns = {name: counts[name] for name in COUNTS}
+    columns |= {"boundary_intersection": boundary[:, 0], "boundary_union": boundary[:, 1]}
+    pq.write_table(pa.table({"key": keys} | {name: [row.tolist() for row in v] for name, v in columns.items()}), out)
     run.folder.write(PER_IMAGE, out.getvalue())
 
 
-def _number(value: float) -> float | None:
+def _write_confusion(run: StageRun, measured: Measured, names: list[str]) -> None:
+    """A row for each corruption, severity (clean, 0 first) and class of the labels; a column for each prediction."""
+    rows = [
+        {"corruption": name, "severity": severity, "label": label}
+        | {f"predicted {k} {predicted}": int(counts[k]) for k, predicted in enumerate(names)}
+        for (name, severity), matrix in measured.confusion.items()
+        for label, counts in zip(names, matrix, strict=True)
+    ]
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), out)
+    run.folder.write(CONFUSION, out.getvalue())
+
+
+def _by_class(dataset: Dataset, values: NDArray[np.float64]) -> dict[str, float | None]:
+    return dict(zip(dataset.class_names, (_number(v) for v in values), strict=True))
+
+
+def _without_nan(value: Any) -> Any:
     """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    return _number(value) if isinstance(value, float) else value
+
+
+def _number(value: float) -> float | None:
     return None if np.isnan(value) else round(float(value), 6)

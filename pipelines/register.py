@@ -1,52 +1,40 @@
 """A model version in the MLflow registry, and the gate before the alias `champion`.
 
-The first model becomes champion with the reason "first". A challenger must be better on the same images: a paired
-bootstrap over images whose interval excludes zero, and no class that loses too much. Otherwise it is registered as
-`challenger`.
+The first model becomes champion with the reason "first". A later one must pass the gate (`gate.py`); otherwise it is
+registered as `challenger`, with the reason and the figures as tags and the decision as a page.
 """
 
 from __future__ import annotations
 
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mlflow.pyfunc
-import numpy as np
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
-from numpy.typing import NDArray
 
 import repsep_model
 from pipelines import tracking
-from pipelines.config import EvaluateConfig, Recipe, RegisterConfig
+from pipelines.config import EvaluateConfig, Recipe
 from pipelines.errors import RepsepError, UsageError
-from pipelines.evaluate import COUNTS, SEGMENTING, Counts, evaluate, read_counts
+from pipelines.evaluate import evaluate, read_counts
+from pipelines.evaluation.measures import SEGMENTING
+from pipelines.gate import Decision, absolute_checks, compare, first, gate_page
 from pipelines.models import FetchedModel, fetch_model
 from pipelines.stage import Receipt, StageRun, latest_receipt, package_versions, run_stage
 from repsep_model.checkpoint import load_classes
-from repsep_model.metrics import scores_from_counts
 
 PACKAGES = ("pipelines", "repsep_model")
 CHAMPION, CHALLENGER = "champion", "challenger"
-LARGE_CLASS_PIXELS = 1000
-INTERVAL = (2.5, 97.5)
+GATE_PAGE = "gate.html"
 # No such model, no such alias. Anything else, such as a server that is down, must not crown a model as the first.
 NO_CHAMPION = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 SERVED_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Whether a model becomes champion, why, and with which figures."""
-
-    promoted: bool
-    reason: str
-    figures: dict[str, float]
 
 
 def register(workspace: str, recipe: Recipe) -> Receipt:
@@ -74,51 +62,6 @@ def register(workspace: str, recipe: Recipe) -> Receipt:
         )
 
 
-def compare(ours: Counts, theirs: Counts, class_names: list[str], config: RegisterConfig) -> Decision:
-    """The gate: counts of the challenger and of the champion on the same images in the same order."""
-    new, old = (scores_from_counts(*(c[n].sum(axis=0) for n in COUNTS)) for c in (ours, theirs))
-    difference = new.miou - old.miou
-    low, high = paired_bootstrap(ours, theirs, config.bootstrap)
-    figures = {"miou": new.miou, "champion_miou": old.miou, "difference": difference, "low": low, "high": high}
-    if not low > 0:
-        return Decision(
-            False,
-            f"mIoU {difference:+.4f} against the champion, "
-            f"95 % interval [{low:+.4f}, {high:+.4f}] does not exclude zero",
-            figures,
-        )
-    large = ours["labelled"].sum(axis=0) >= LARGE_CLASS_PIXELS
-    losses = np.where(large, old.iou - new.iou, -np.inf)
-    worst = int(np.nanargmax(losses))
-    if losses[worst] > config.max_class_drop:
-        return Decision(
-            False,
-            f"class {class_names[worst]} loses {losses[worst]:.4f} IoU, more than {config.max_class_drop}",
-            figures,
-        )
-    return Decision(
-        True, f"mIoU {difference:+.4f} against the champion, 95 % interval [{low:+.4f}, {high:+.4f}]", figures
-    )
-
-
-def paired_bootstrap(ours: Counts, theirs: Counts, resamples: int, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the difference of mIoU when images are drawn again with replacement, the same for both."""
-    images = len(ours["labelled"])
-    rng = np.random.Generator(np.random.Philox(key=[seed, resamples]))
-    draws = rng.multinomial(images, np.full(images, 1 / images), size=resamples)
-    differences = _resampled_miou(ours, draws) - _resampled_miou(theirs, draws)
-    low, high = np.nanpercentile(differences, INTERVAL)
-    return float(low), float(high)
-
-
-def _resampled_miou(counts: Counts, draws: NDArray[np.int64]) -> NDArray[np.float64]:
-    intersection, predicted, labelled = (draws @ counts[name] for name in COUNTS)
-    union = predicted + labelled - intersection
-    with np.errstate(invalid="ignore", divide="ignore"):
-        iou = np.where(union > 0, intersection / union, np.nan)
-    return np.nanmean(iou, axis=1)
-
-
 def _register(
     run: StageRun, workspace: str, recipe: Recipe, evaluation: Receipt, model: FetchedModel, champion: Any
 ) -> None:
@@ -126,7 +69,7 @@ def _register(
     client = tracking.client_for(tracking.tracking_uri(recipe.tracking))
     known = _version_of(recipe, config.name, evaluation)  # of an attempt that ended before its receipt
     if known is not None and champion is not None and known.version == champion.version:
-        decision = Decision(True, known.tags["repsep.reason"], {})
+        decision = Decision(True, known.tags["repsep.reason"], {"miou": evaluation.results["miou"]})
     else:
         decision = _decide(workspace, recipe, evaluation, model, champion)
     version, run_id = (str(known.version), known.run_id) if known else _new_version(client, recipe, evaluation, model)
@@ -137,9 +80,18 @@ def _register(
         "repsep.dataset_split": evaluation.results["evaluation"],
         "repsep.replaced": _replaced(known, champion),
         "repsep.miou": str(evaluation.results["miou"]),
-    }
+    } | {f"repsep.gate.{name}": f"{value:.6f}" for name, value in decision.figures.items()}
     for name, value in tags.items():
         client.set_model_version_tag(config.name, version, name, value)
+    page = gate_page(
+        decision,
+        model=f"{config.name} version {version}",
+        champion=f"{config.name} version {tags['repsep.replaced']}" if decision.classes else None,
+        evaluation=evaluation.results,
+    )
+    run.folder.write(GATE_PAGE, page.encode())
+    run.outputs = [GATE_PAGE]
+    client.log_text(run_id, page, f"gate/{config.name}-{version}.html")
     alias = CHAMPION if decision.promoted else CHALLENGER
     client.set_registered_model_alias(config.name, alias, version)
     run.results = {
@@ -149,6 +101,8 @@ def _register(
         "alias": alias,
         "reason": decision.reason,
         "figures": {name: round(value, 6) for name, value in decision.figures.items()},
+        "checks": [asdict(check) for check in decision.checks],
+        "page": run.folder.uri_of(GATE_PAGE),
         "mlflow_run": run_id,
     }
 
@@ -182,9 +136,10 @@ def _version_of(recipe: Recipe, name: str, evaluation: Receipt) -> Any:
 
 
 def _decide(workspace: str, recipe: Recipe, evaluation: Receipt, model: FetchedModel, champion: Any) -> Decision:
-    if champion is None:
-        return Decision(True, "first", {"miou": evaluation.results["miou"]})
     config = recipe.register_
+    if champion is None:
+        return first(evaluation.results, config)
+    others = absolute_checks(evaluation.results, config)
     uri = f"models:/{config.name}/{champion.version}"
     with fetch_model(uri, recipe.tracking) as current:
         ours, theirs = (load_classes(m.directory)["classes"] for m in (model, current))
@@ -199,13 +154,13 @@ def _decide(workspace: str, recipe: Recipe, evaluation: Receipt, model: FetchedM
         dataset=evaluation.results["dataset"],
         split=evaluation.results["split"],
         overlays=recipe.evaluate.overlays,
-        **{name: evaluation.results[name] for name in SEGMENTING},
+        **{name: evaluation.results[name] for name in (*SEGMENTING, "corruptions")},
     )
     theirs_keys, theirs_counts = read_counts(evaluate(workspace, recipe, section))
     ours_keys, ours_counts = read_counts(evaluation)
     if ours_keys != theirs_keys:
         raise UsageError("the champion and this model were evaluated on different images; run `repsep evaluate` again")
-    return compare(ours_counts, theirs_counts, [c["name"] for c in ours], config)
+    return compare(ours_counts, theirs_counts, [c["name"] for c in ours], config, others)
 
 
 def _champion(recipe: Recipe, name: str) -> Any:

@@ -183,6 +183,12 @@ def latest_receipt(workspace: str, stage: str) -> Receipt:
     return Receipt(**_fields(values))
 
 
+def receipt_at(uri: str) -> Receipt | None:
+    """The receipt of the stage that wrote into this folder, None where it is gone."""
+    values = read_receipt(Folder(uri))
+    return None if values is None else Receipt(**_fields(values))
+
+
 def _latest(workspace: str, stage: str) -> dict[str, Any] | None:
     root, planned = Folder(workspace) / stage, _planned.get()
     if planned is not None and (workspace, stage) in planned:

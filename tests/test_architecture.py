@@ -19,7 +19,7 @@ LIBRARY_KNOWS_NOTHING_OF = ("ray", "mlflow", "click", "fsspec", "s3fs")
 KNOW_MLFLOW = ("tracking.py", "register.py", "served_model.py")
 KNOW_RAY = (
     "cluster.py",
-    "evaluate.py",
+    "counters.py",
     "halving.py",
     "job.py",
     "loop.py",

@@ -5,6 +5,7 @@ Shapes: K classes, H x W pixels.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from pipelines.config import EvaluateConfig, PrepareConfig, Recipe, TrackingConf
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import UsageError
 from pipelines.evaluate import COUNTS, evaluate, prior_scores, read_counts
+from pipelines.evaluation.measures import CLEAN, SEGMENTING, Judge, Measured, image_counts, together
 from pipelines.models import fetch_model, load_files
 from pipelines.prepare import prepare
 from repsep_model.checkpoint import save_segmentor
+from repsep_model.corruptions import corrupt, corruption_rng
 from repsep_model.images import decode_image
 from repsep_model.inference import segment_image
-from repsep_model.metrics import ConfusionMatrix
+from repsep_model.metrics import BoundaryCounts, Calibration, ConfusionMatrix
+from repsep_model.robustness import FAST_GRID
 from tests.model.tiny import VIT, tiny_segmentor
 from tests.pipelines.layout import CLASSES, encoded, ids, picture, write_classes, write_pair
 
@@ -88,7 +92,7 @@ def test_counts_of_an_image_are_those_of_a_loop_over_its_pixels(classes: int, ig
     predicted = rng.integers(0, classes, (19, 23), dtype=np.uint8)
     mask = rng.integers(0, classes, (19, 23), dtype=np.uint8)
     mask[rng.random(mask.shape) < ignored] = 255
-    found = stage._image_counts(predicted, mask, classes)
+    found = image_counts(predicted, mask, classes)
     assert found.shape == (3, classes)
     assert found.tolist() == counted(predicted, mask, classes)
 
@@ -100,36 +104,68 @@ def test_counts_of_images_add_up_to_the_confusion_matrix() -> None:
     for number in range(5):
         predicted, mask = rng.integers(0, K, (24, 32), dtype=np.uint8), ids(number)
         confusion.update(torch.from_numpy(mask), torch.from_numpy(predicted))
-        total += stage._image_counts(predicted, mask, K)
+        total += image_counts(predicted, mask, K)
     counts = confusion.counts.numpy()
     assert np.array_equal(total, [np.diag(counts), counts.sum(axis=0), counts.sum(axis=1)])
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_every_image_is_judged_once_however_many_workers_share_them(
-    dataset: Dataset, model_uri: str, workers: int
-) -> None:
-    with fetch_model(model_uri, TrackingConfig()) as fetched:
-        files = fetched.files()
-    model = load_files(files)
-    found = [
-        entry
-        for rank in range(workers)
-        for entry in stage._evaluate_share(files, dataset.folder.uri, EvaluateConfig(overlays=2), rank, workers)
-    ]
-    expected = {
-        key: counted(segment_image(model, image).labels, mask, K)
-        for key, image, mask in dataset.split("val").share(0, 1)
-    }
-    assert (
-        sorted(key for key, _, _, _ in found)
-        == sorted(expected)
-        == ["val/a.jpg", "val/b.jpg", "val/c.jpg", "val/d.jpg"]
-    )
-    assert {key: counts.tolist() for key, _, counts, _ in found} == expected
-    drawn = {number: picture for _, number, _, picture in found if picture is not None}
-    assert sorted(drawn) == [0, 2], "as many overlays as were asked for, spread over the images"
-    assert decode_image(drawn[0]).shape == (24, 3 * 32, 3), "image, labels and prediction side by side"
+def judge_of(dataset: Dataset, uri: str, **settings: Any) -> Judge:
+    with fetch_model(uri, TrackingConfig()) as fetched:
+        return Judge(load_files(fetched.files()), dataset, EvaluateConfig(**settings))
+
+
+def measured_alone(judge: Judge) -> Measured:
+    return together([judge(group) for group in range(judge.split.num_groups)])
+
+
+def test_each_image_is_measured_as_a_loop_over_the_split_would(dataset: Dataset, model_uri: str) -> None:
+    judge = judge_of(dataset, model_uri, overlays=2)
+    found = measured_alone(judge)
+    whole, edges, calibration = ConfusionMatrix(K), BoundaryCounts(K), Calibration()
+    for number, (key, image, mask) in enumerate(dataset.split("val").share(0, 1)):
+        labelled = segment_image(judge.model, image)
+        labels, predicted = torch.from_numpy(mask), torch.from_numpy(labelled.labels)
+        assert found.keys[number] == key
+        assert found.counts[number].tolist() == counted(labelled.labels, mask, K)
+        whole.update(labels, predicted)
+        edges.update(labels, predicted)
+        calibration.update(labels, predicted, torch.from_numpy(labelled.confidence))
+    assert found.keys == ["val/a.jpg", "val/b.jpg", "val/c.jpg", "val/d.jpg"]
+    assert np.array_equal(found.confusion[CLEAN], whole.counts)
+    assert np.array_equal(found.boundary.sum(axis=0), edges.counts)
+    assert np.array_equal(found.calibration, calibration.counts)
+    assert np.allclose(found.confidence, calibration.confidence, rtol=1e-12)
+    assert sorted(found.pictures) == [0, 2], "as many overlays as were asked for, spread over the images"
+    assert decode_image(found.pictures[0]).shape == (24, 3 * 32, 3), "image, labels and prediction side by side"
+    assert len(found.diagnostics) == 4
+
+
+def test_measurements_survive_their_way_as_bytes_and_add_up_in_any_order(dataset: Dataset, model_uri: str) -> None:
+    judge = judge_of(dataset, model_uri, overlays=2, corruptions="fast")
+    parts = [judge(group) for group in range(judge.split.num_groups)]
+    assert len(parts) > 1
+    straight = together(parts)
+    for order in (parts, parts[::-1]):
+        again = together([Measured.from_bytes(part.to_bytes()) for part in order])
+        assert again.keys == straight.keys
+        assert again.pictures == straight.pictures
+        assert json.dumps(again.diagnostics) == json.dumps(straight.diagnostics)  # NaN is not equal to itself
+        for name in ("counts", "boundary", "calibration", "confidence"):
+            assert np.array_equal(getattr(again, name), getattr(straight, name))
+        assert again.confusion.keys() == straight.confusion.keys()
+        assert all(np.array_equal(again.confusion[point], straight.confusion[point]) for point in again.confusion)
+
+
+def test_there_is_one_confusion_matrix_for_each_corruption_and_severity(dataset: Dataset, model_uri: str) -> None:
+    judge = judge_of(dataset, model_uri, corruptions="fast")
+    found = measured_alone(judge)
+    assert list(found.confusion) == [CLEAN, *FAST_GRID]
+    for name, severity in FAST_GRID[::5]:
+        expected = ConfusionMatrix(K)
+        for key, image, mask in dataset.split("val").share(0, 1):
+            spoilt = corrupt(image, name, severity, corruption_rng(key, name, severity))
+            expected.update(torch.from_numpy(mask), torch.from_numpy(segment_image(judge.model, spoilt).labels))
+        assert np.array_equal(found.confusion[name, severity], expected.counts)
 
 
 @pytest.mark.parametrize(
@@ -139,18 +175,14 @@ def test_images_are_judged_by_the_windows_scales_and_flips_that_the_recipe_says(
     dataset: Dataset, tmp_path: Path, setting: dict[str, Any]
 ) -> None:
     uri = saved_model(tmp_path / "model", [c["name"] for c in CLASSES], window=32)
-    with fetch_model(uri, TrackingConfig()) as fetched:
-        files = fetched.files()
-    model = load_files(files)
-    plain, found = (
-        {key: counts.tolist() for key, _, counts, _ in stage._evaluate_share(files, dataset.folder.uri, config, 0, 1)}
-        for config in (EvaluateConfig(), EvaluateConfig(**setting))
-    )
-    assert found == {
-        key: counted(segment_image(model, image, **setting).labels, mask, K)
-        for key, image, mask in dataset.split("val").share(0, 1)
-    }
-    assert found["val/c.jpg"] != plain["val/c.jpg"], "a setting that changes nothing would prove nothing"
+    plain = measured_alone(judge_of(dataset, uri))
+    judge = judge_of(dataset, uri, **setting)
+    found = measured_alone(judge)
+    assert found.counts.tolist() == [
+        counted(segment_image(judge.model, image, **setting).labels, mask, K)
+        for _, image, mask in dataset.split("val").share(0, 1)
+    ]
+    assert found.counts[2].tolist() != plain.counts[2].tolist(), "a setting that changes nothing would prove nothing"
 
 
 # ---------------------------------------------------------------- the blind prior
@@ -210,16 +242,22 @@ def recipe(tmp_path: Path, dataset: Dataset) -> Recipe:
     )
 
 
-def alone(run: Any, config: EvaluateConfig, dataset: Dataset, model: Any) -> tuple[list[str], Any]:
-    """In place of the Ray tasks: one share of one."""
-    found = stage._evaluate_share(model.files(), dataset.folder.uri, config, 0, 1)
-    return [key for key, *_ in found], {n: np.stack([c[i] for _, _, c, _ in found]) for i, n in enumerate(COUNTS)}
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process instead of Ray Data's actors."""
+
+    def judge(config: EvaluateConfig, dataset: Dataset, model: Any) -> Judge:
+        return Judge(load_files(model.files()), dataset, config)
+
+    monkeypatch.setattr(stage, "measure", lambda *arguments: measured_alone(judge(*arguments)))
+    monkeypatch.setattr(
+        stage, "drawn", lambda *arguments: {k: judge(*arguments[:3]).picture(k, g) for k, g in arguments[3].items()}
+    )
 
 
 def test_an_evaluation_keeps_the_counts_of_every_image(
-    dataset: Dataset, model_uri: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, model_uri: str, recipe: Recipe, tmp_path: Path, alone: None
 ) -> None:
-    monkeypatch.setattr(stage, "_count_split", alone)
     config = recipe.evaluate.model_copy(update={"model": model_uri})
     receipt = evaluate(str(tmp_path / "work"), recipe, config)
     keys, counts = read_counts(receipt)
@@ -240,9 +278,8 @@ def test_an_evaluation_keeps_the_counts_of_every_image(
 
 
 def test_the_same_model_and_images_at_other_places_are_not_judged_again(
-    dataset: Dataset, model_uri: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, model_uri: str, recipe: Recipe, tmp_path: Path, alone: None
 ) -> None:
-    monkeypatch.setattr(stage, "_count_split", alone)
     copy = tmp_path / "copy"
     copy.mkdir()
     for file in Path(model_uri).iterdir():
@@ -256,16 +293,15 @@ def test_the_same_model_and_images_at_other_places_are_not_judged_again(
 
 
 def test_an_evaluation_with_other_windows_scales_or_flips_is_another_one(
-    model_uri: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_uri: str, recipe: Recipe, tmp_path: Path, alone: None
 ) -> None:
-    monkeypatch.setattr(stage, "_count_split", alone)
     settings: list[dict[str, Any]] = [{}, {"pixel_budget": 409_600}, {"scales": (0.5, 1.0)}, {"flip": True}]
     receipts = [
         evaluate(str(tmp_path / "work"), recipe, recipe.evaluate.model_copy(update={"model": model_uri} | changed))
         for changed in settings
     ]
     assert len({receipt.fingerprint for receipt in receipts}) == 4
-    said = [{name: receipt.results[name] for name in stage.SEGMENTING} for receipt in receipts]
+    said = [{name: receipt.results[name] for name in SEGMENTING} for receipt in receipts]
     assert said[0] == {"pixel_budget": 4 * 1024 * 1024, "scales": [1.0], "flip": False}
     assert said[2] == said[0] | {"scales": [0.5, 1.0]}
 
@@ -274,7 +310,7 @@ def test_an_evaluation_with_other_windows_scales_or_flips_is_another_one(
 def test_a_model_with_other_classes_is_refused(
     dataset: Dataset, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str]
 ) -> None:
-    monkeypatch.setattr(stage, "_count_split", lambda *_: pytest.fail("it was judged all the same"))
+    monkeypatch.setattr(stage, "measure", lambda *_: pytest.fail("it was judged all the same"))
     config = recipe.evaluate.model_copy(update={"model": saved_model(tmp_path / "model", names)})
     with pytest.raises(UsageError) as caught:
         evaluate(str(tmp_path / "work"), recipe, config)

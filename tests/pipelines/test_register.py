@@ -15,22 +15,28 @@ import mlflow.pyfunc
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from jobs.cli import repsep
 from pipelines import evaluate as evaluation_stage
+from pipelines import registry
 from pipelines.config import EvaluateConfig, Recipe, RegisterConfig, TrackingConfig
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import RepsepError, UsageError
 from pipelines.evaluate import COUNTS, Counts, evaluate
+from pipelines.evaluation.measures import CLEAN, Measured
+from pipelines.gate import absolute_checks, compare, first, paired_bootstrap
 from pipelines.models import fetch_model, load_files
 from pipelines.prepare import prepare
-from pipelines.register import compare, paired_bootstrap, register
+from pipelines.register import register
 from pipelines.stage import Receipt
 from pipelines.tracking import client_for, tracking_uri
 from repsep_model.checkpoint import save_segmentor
 from repsep_model.images import decode_image, decode_mask
 from repsep_model.inference import segment_image
+from repsep_model.metrics import CALIBRATION_BINS
 from tests.model.tiny import VIT, tiny_segmentor
 from tests.pipelines.layout import CLASSES, encoded, picture, write_source
 
@@ -53,6 +59,21 @@ def counts_of(
     sky, road, tree = (labelled - found).T
     mistaken = np.stack([road + tree, sky, 0 * tree], axis=1)
     return {"intersection": found, "predicted": found + mistaken, "labelled": labelled}
+
+
+def measured_of(counts: Counts) -> Measured:
+    """What an evaluation of as many images finds, as far as the registry asks for it."""
+    images = len(counts["labelled"])
+    matrix = np.diag(counts["intersection"].sum(axis=0))
+    return Measured(
+        0,
+        [f"{i}.jpg" for i in range(images)],
+        np.stack([counts[name] for name in COUNTS], axis=1),
+        np.ones((images, 2, K), np.int64),
+        np.ones((2, CALIBRATION_BINS), np.int64),
+        np.zeros(CALIBRATION_BINS),
+        {CLEAN: matrix},
+    )
 
 
 # ---------------------------------------------------------------- the gate
@@ -112,6 +133,44 @@ def test_a_class_that_never_occurs_takes_no_part() -> None:
     ours, theirs = (counts_of(right, pixels=(4000, 3000, 0)) for right in ([0.9, 0.95, 0], [0.8, 0.8, 0]))
     assert ours["labelled"][:, 2].sum() == ours["predicted"][:, 2].sum() == 0
     assert compare(ours, theirs, NAMES, GATE).promoted
+
+
+RESULTS: dict[str, Any] = {"miou": 0.6, "iou": {"sky": 0.9, "road": 0.3, "tree": None}, "retention": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({}, "first"),
+        ({"class_floors": {"sky": 0.9}, "min_retention": 0.7}, "first"),
+        ({"class_floors": {"sky": 0.5, "road": 0.31}}, "class road has an IoU of 0.31 or more: IoU 0.3000"),
+        ({"class_floors": {"tree": 0.0}}, "class tree has an IoU of 0.0 or more: it is in no image and no prediction"),
+        ({"min_retention": 0.71}, "0.71 or more of the mIoU is kept on corrupted images: 0.7000"),
+    ],
+)
+def test_the_first_model_must_have_what_the_recipe_asks_for(asked: dict[str, Any], reason: str) -> None:
+    decision = first(RESULTS, GATE.model_copy(update=asked))
+    assert (decision.promoted, decision.reason) == (reason == "first", reason)
+
+
+def test_a_better_model_below_a_floor_is_kept_back() -> None:
+    others = absolute_checks(RESULTS, GATE.model_copy(update={"class_floors": {"road": 0.5}}))
+    decision = compare(counts_of([0.9, 0.9, 0.9]), counts_of([0.8, 0.8, 0.8]), NAMES, GATE, others)
+    assert not decision.promoted
+    assert decision.reason == "class road has an IoU of 0.5 or more: IoU 0.3000"
+    assert [check.passed for check in decision.checks] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"class_floors": {"lane": 0.5}}, "there is no class 'lane'; there are sky, road, tree"),
+        ({"min_retention": 0.5}, "evaluate.corruptions=fast or full"),
+    ],
+)
+def test_what_the_evaluation_cannot_answer_is_refused(asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        absolute_checks(RESULTS | {"retention": None}, GATE.model_copy(update=asked))
 
 
 def brute_force_bootstrap(ours: Counts, theirs: Counts, resamples: int) -> tuple[float, float]:
@@ -202,14 +261,14 @@ def judged(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> list[str
     known = {"first": [0.8, 0.8, 0.8], "worse": [0.7, 0.7, 0.7], "better": [0.95, 0.95, 0.95], "foreign": [1.0] * 3}
     seen: list[str] = []
 
-    def count(run: object, config: object, dataset: Dataset, model: Any) -> tuple[list[str], Counts]:
+    def count(config: object, dataset: Dataset, model: Any) -> Measured:
         for name, path in models.items():
             if (path / "model.safetensors").read_bytes() == (model.directory / "model.safetensors").read_bytes():
                 seen.append(name)
-                return [f"{i}.jpg" for i in range(40)], counts_of(known[name])
+                return measured_of(counts_of(known[name]))
         pytest.fail("an unknown model was judged")
 
-    monkeypatch.setattr(evaluation_stage, "_count_split", count)
+    monkeypatch.setattr(evaluation_stage, "measure", count)
     monkeypatch.setattr(evaluation_stage, "_check_classes", lambda *_: None)
     return seen
 
@@ -296,13 +355,13 @@ def test_the_champion_is_judged_again_in_the_way_its_challenger_was(
 ) -> None:
     registered("first")
     seen: list[tuple[str, EvaluateConfig]] = []
-    count = evaluation_stage._count_split
+    count = evaluation_stage.measure
 
-    def count_and_note(run: Any, config: EvaluateConfig, dataset: Dataset, model: Any) -> tuple[list[str], Counts]:
+    def count_and_note(config: EvaluateConfig, dataset: Dataset, model: Any) -> Measured:
         seen.append((model.digest, config))
-        return count(run, config, dataset, model)
+        return count(config, dataset, model)
 
-    monkeypatch.setattr(evaluation_stage, "_count_split", count_and_note)
+    monkeypatch.setattr(evaluation_stage, "measure", count_and_note)
     way = {"pixel_budget": 409_600, "scales": (0.5, 1.0), "flip": True}
     config = recipe.evaluate.model_copy(update={"model": str(models["worse"])} | way)
     evaluate(str(recipe.workspace), recipe.model_copy(update={"evaluate": config}))
@@ -317,8 +376,16 @@ def test_a_better_second_model_becomes_champion(
     registered("first")
     receipt = registered("better")
     assert (receipt.results["version"], receipt.results["alias"]) == ("2", "champion")
-    assert receipt.results["figures"]["low"] > 0
+    figures = receipt.results["figures"]
+    assert figures["low"] > 0
     assert version_of(client, "champion") == "2"
+    tags = client.get_model_version("streets", "2").tags
+    assert {name: float(tags[f"repsep.gate.{name}"]) for name in figures} == figures
+    page = receipt.folder.read("gate.html").decode()
+    assert "streets version 2 is" in page
+    assert "against streets version 1" in page
+    kept = [file.path for file in client.list_artifacts(receipt.results["mlflow_run"], "gate")]
+    assert kept == ["gate/streets-2.html"]
     assert client.get_model_version("streets", "1").aliases == []
     assert digest("models:/streets@champion", recipe) == digest(str(models["better"]), recipe)
     assert register(str(recipe.workspace), recipe) == receipt, "it must not be compared with itself"
@@ -481,3 +548,81 @@ def test_the_tracking_uri_is_the_recipes_then_the_environments_then_sqlite_at_ho
     assert tracking_uri(TrackingConfig()) == "http://tracking:5000"
     assert tracking_uri(TrackingConfig(uri="sqlite:///runs/mlflow.db")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert (tmp_path / "runs").is_dir(), "sqlite makes no folder by itself"
+
+
+# ---------------------------------------------------------------- by hand
+
+
+def test_versions_are_listed_newest_first_with_what_the_gate_said(
+    registered: Callable[[str], Receipt], recipe: Recipe
+) -> None:
+    for name in ("first", "worse", "better"):
+        registered(name)
+    found = registry.versions(recipe)
+    assert [(v.version, v.aliases) for v in found] == [("3", ("champion",)), ("2", ("challenger",)), ("1", ())]
+    assert found[2].reason == "first"
+    assert "does not exclude zero" in found[1].reason
+    assert [v.replaced for v in found] == ["1", "1", ""]
+    assert found[0].miou is not None
+    assert found[2].miou is not None
+    assert found[0].miou > found[2].miou
+
+
+def test_a_comparison_by_hand_says_what_the_gate_said_and_moves_nothing(
+    registered: Callable[[str], Receipt], recipe: Recipe, client: MlflowClient
+) -> None:
+    registered("first")
+    judged_then = registered("better").results["figures"]
+    decision = registry.compare_versions(recipe, "2", "1")
+    assert {name: round(value, 6) for name, value in decision.figures.items()} == judged_then
+    assert not registry.compare_versions(recipe, "1", "2").promoted
+    assert version_of(client, "champion") == "2"
+
+
+def test_evaluations_of_another_kind_are_not_compared(
+    registered: Callable[[str], Receipt], recipe: Recipe, models: dict[str, Path]
+) -> None:
+    registered("first")
+    config = recipe.evaluate.model_copy(update={"model": str(models["better"]), "flip": True})
+    evaluate(str(recipe.workspace), recipe.model_copy(update={"evaluate": config}))
+    register(str(recipe.workspace), recipe)
+    with pytest.raises(UsageError, match=r"versions 2 and 1 were evaluated differently \(flip: True, False\)"):
+        registry.compare_versions(recipe, "2", "1")
+
+
+def test_a_version_is_promoted_by_hand_and_rolled_back_step_by_step(
+    registered: Callable[[str], Receipt], recipe: Recipe, client: MlflowClient
+) -> None:
+    for name in ("first", "worse"):
+        registered(name)
+    registry.promote(recipe, "2", "the cameras were moved")
+    assert version_of(client, "champion") == "2"
+    assert client.get_model_version("streets", "2").tags["repsep.reason"] == "by hand: the cameras were moved"
+    assert registry.roll_back(recipe) == "1"
+    assert version_of(client, "champion") == "1"
+    assert client.get_model_version("streets", "1").tags["repsep.reason"] == "rolled back from 2"
+    with pytest.raises(UsageError, match="version 1, replaced no other"):
+        registry.roll_back(recipe)
+    with pytest.raises(UsageError, match="there is no version 7 of 'streets'; there are 2, 1"):
+        registry.promote(recipe, "7", "a slip")
+
+
+def test_the_commands_list_compare_promote_and_roll_back(
+    registered: Callable[[str], Receipt], recipe: Recipe, tmp_path: Path
+) -> None:
+    for name in ("first", "worse"):
+        registered(name)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.model_dump_json(by_alias=True, exclude_defaults=True))
+
+    def said(*arguments: str) -> str:
+        done = CliRunner().invoke(repsep, ["models", *arguments, "--config", str(file)])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    listed = [line.split()[:3] for line in said("list").splitlines()]
+    assert listed == [[v.version, "mIoU", f"{v.miou:.4f}"] for v in registry.versions(recipe)]
+    assert [version for version, *_ in listed] == ["2", "1"]
+    assert "refused  better than the champion on the same images: mIoU -" in said("compare", "2", "1")
+    assert said("promote", "2", "--reason", "a trial") == "streets version 2 is champion\n"
+    assert said("rollback") == "streets version 1 is champion\n"

@@ -73,7 +73,7 @@ def test_all_stages_run_once_and_are_then_cached(whole: dict[str, Any], done: li
         ("train.runtime.log_every", 1, None),
         ("evaluate.overlays", 1, "evaluate"),
         ("evaluate.flip", True, "evaluate"),
-        ("register.bootstrap", 50, "register"),
+        ("register.bootstrap", 300, "register"),
         ("register.name", "another", "register"),
         ("segment.pixel_budget", 1_000_000, "segment"),
         ("tracking.experiment", "another", None),
