@@ -8,7 +8,7 @@ SWEEP ?=
 # Two processes on two cores with OpenMP's spinning threads run ten times slower than without.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test lint types tests slow sweep prove-model prove-segment prove-training clean
+.PHONY: help setup demo test lint types tests slow test-stack stack-up stack-down sweep prove-model prove-segment prove-training clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -38,6 +38,17 @@ tests: setup
 
 slow: setup ## the tests that take minutes
 	$(BIN)/pytest -m slow
+
+test-stack: setup ## train, register and segment on live services: PostgreSQL, MLflow, S3, Ray with tokens
+	infra/dev/stack.sh install
+	$(BIN)/pytest -m slow tests/test_stack.py
+
+stack-up: setup ## start those services for yourself; then: . .repsep/stack/env.sh
+	infra/dev/stack.sh install
+	BIN=$(BIN) infra/dev/stack.sh up
+
+stack-down: ## end them
+	infra/dev/stack.sh down
 
 sweep: setup ## search loss weights and models; DATA=<folder> as CamVid's, SWEEP=<recipe> for your own
 	$(BIN)/repsep sweep $(if $(SWEEP),--config "$(SWEEP)",$(if $(DATA),--config sweep-camvid)) $(if $(DATA),--set "prepare.source=$(DATA)")
