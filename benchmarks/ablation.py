@@ -48,10 +48,10 @@ def main() -> None:
             print(json.dumps({name: record[name] for name in SAID}), flush=True)
     else:
         arms = of_training(finished(FILE), training.digest)
-        others = [name for name in arms if name != "local"]
+        pairs = [(name, "local") for name in arms if name != "local"] + [(options.ours, BASELINE.name)]
         print(means(arms, {name: arm.what for name, arm in ALL.items()}))
         print()
-        print(differences(arms, [(name, "local") for name in others]))
+        print(differences(arms, pairs))
         if options.study == "final" and {BASELINE.name, options.ours} <= arms.keys():
             pair = {name: diagnosed(arms[name]) for name in (BASELINE.name, options.ours)}
             figure(pair, "Means over the seeds and 11 val images.").savefig(PLOT, dpi=110)

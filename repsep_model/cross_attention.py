@@ -19,7 +19,7 @@ from repsep_model.layers import ChannelNorm
 
 @dataclass(frozen=True)
 class Regions:
-    """What cross-attention finds: region vectors, class scores, and the last layer's attention."""
+    """What cross-attention finds: region vectors of length 1, class scores, and the last layer's attention."""
 
     regions_BKD: Tensor
     scores_BKhw: Tensor
@@ -51,9 +51,12 @@ class CrossAttentionLayer(nn.Module):
 
 
 class DiscriminativeCrossAttention(nn.Module):
-    """F' -> class scores tau * cos(R_k, embed(F')), to be added to a linear classifier's.
+    """F' -> class scores tau * cos(R_k, embed(F')) + presence(R_k), to be added to a linear classifier's.
 
-    R_k is the projection of class k's query after the last layer: what the class looks like in this image.
+    R_k is the projection of class k's query after the last layer: what the class looks like in this image. What all
+    regions share is taken out of them, and what all locations share out of these, before they are compared: else each
+    region is mostly the image's mean, and the cosines hardly differ. `presence` says whether the class is there at all:
+    the region of one that is absent is made of what it is confused with.
     """
 
     def __init__(self, width: int, num_classes: int, layers: int, *, tau: float = 4.0) -> None:
@@ -64,16 +67,22 @@ class DiscriminativeCrossAttention(nn.Module):
         self.region = nn.Linear(width, width)
         self.embed = nn.Sequential(ChannelNorm(width), nn.Conv2d(width, width, 1))
         self.tau = nn.Parameter(torch.tensor([tau]))  # one value, but no scalar: fully_shard takes none
+        self.presence = nn.Linear(width, 1)
+        nn.init.zeros_(self.presence.weight)
+        nn.init.zeros_(self.presence.bias)
 
     def forward(self, f_BDhw: Tensor) -> Regions:
         B, _, h, w = f_BDhw.shape
         queries_BKD = self.queries.expand(B, -1, -1)
         for layer in self.layers:
             queries_BKD, attention_BKN = layer(queries_BKD, f_BDhw)
-        regions_BKD = self.region(self.region_norm(queries_BKD))
-        embedded_BDN = self.embed(f_BDhw).flatten(2)
-        cosine_BKN = F.normalize(regions_BKD.float(), dim=2) @ F.normalize(embedded_BDN.float(), dim=1)
-        return Regions(regions_BKD, (self.tau * cosine_BKN).view(B, -1, h, w), attention_BKN.view(B, -1, h, w))
+        found_BKD = self.region_norm(queries_BKD)
+        regions_BKD = self.region(found_BKD).float()
+        regions_BKD = F.normalize(regions_BKD - regions_BKD.mean(dim=1, keepdim=True), dim=2)
+        embedded_BDN = self.embed(f_BDhw).flatten(2).float()
+        embedded_BDN = F.normalize(embedded_BDN - embedded_BDN.mean(dim=2, keepdim=True), dim=1)
+        scores_BKN = self.tau * (regions_BKD @ embedded_BDN) + self.presence(found_BKD).float()
+        return Regions(regions_BKD, scores_BKN.view(B, -1, h, w), attention_BKN.view(B, -1, h, w))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         name = f"{prefix}tau"

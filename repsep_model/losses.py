@@ -25,6 +25,9 @@ Terms = dict[str, tuple[Tensor, Tensor]]
 MAIN_TERMS = ("ce", "ohem", "dice", "lovasz")
 """The terms of the logits; the others are auxiliary."""
 OHEM_THRESHOLD = 0.7
+PATCH_TEMPERATURE = 0.1
+ABSENT = -1e3
+"""In place of a cosine to the centre of a class that is not there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +47,13 @@ class LossWeights:
     coarse: float = 0.4
     """Cross-entropy of the coarse logits."""
     attention: float = 0.4
-    """Attention as mask: cross-entropy over classes of the attention logits."""
+    """Attention as mask: cross-entropy over classes of the attention logits, and Dice of each region."""
     identity: float = 0.1
     """Region identity: is class k in the image."""
     region: float = 0.1
     """Region separation: positive cosine between the regions of two present classes."""
     patch: float = 0.1
-    """Patch separation: to the own class centre in the image, centres apart."""
+    """Patch separation: nearer to the own class's centre in the image than to the others', classes alike."""
     classes: tuple[float, ...] | None = None
     """Weight of each class in `ce`; by default 1."""
 
@@ -144,6 +147,8 @@ def _terms(output: SegmentorOutput, labels: Tensor, weights: LossWeights) -> Ter
         for name, maps in (("local", aux.local_BKhw), ("coarse", aux.coarse_BKhw), ("attention", aux.attention_BKhw)):
             if name in active and maps is not None:
                 sums[name] = _cross_entropy(maps.float(), reduced)
+        if "attention" in sums and aux.attention_BKhw is not None:
+            sums["attention"] = sums["attention"] + _region_dice(aux.attention_BKhw.float(), reduced)
         if "identity" in active and aux.identity_BK is not None:
             identity_BK = aux.identity_BK.float()
             bce = F.binary_cross_entropy_with_logits(identity_BK, present_BK.to(identity_BK), reduction="none")
@@ -236,18 +241,36 @@ def _pair_similarity(vectors_BKD: Tensor, present_BK: Tensor) -> Tensor:
     return (cosine * pairs).sum(dim=(1, 2))
 
 
+def _region_dice(attention_BKhw: Tensor, reduced: Tensor) -> Tensor:
+    """Sum over images of their labelled locations times the mean of 1 - soft Dice over the classes present."""
+    truth_BNK = _one_hot(reduced, attention_BKhw.shape[1])
+    located_B = truth_BNK.sum(dim=(1, 2))
+    share_BNK = attention_BKhw.softmax(dim=1).flatten(2).transpose(1, 2) * truth_BNK.any(dim=2)[..., None]
+    overlap_BK, size_BK = (share_BNK * truth_BNK).sum(dim=1), truth_BNK.sum(dim=1)
+    dice_BK = 1 - (2 * overlap_BK + 1) / (share_BNK.sum(dim=1) + size_BK + 1)
+    present_BK = size_BK > 0
+    return (located_B * (dice_BK * present_BK).sum(dim=1) / present_BK.sum(dim=1).clamp_min(1)).sum()
+
+
 def _patch_separation(embedding_BEhw: Tensor, reduced: Tensor, num_classes: int) -> Tensor:
-    """Sum over images of the mean of 1 - cos(z_i, its class centre) plus the mean positive cosine of centre pairs."""
+    """Sum over images of the cross-entropy of the cosines to the class centres of the image, over PATCH_TEMPERATURE.
+
+    It is a mean over the classes present of the mean over their locations: a pole counts as much as the sky.
+    """
     z_BNE = F.normalize(embedding_BEhw.flatten(2).transpose(1, 2), dim=2)
+    truth_BNK = _one_hot(reduced, num_classes)
+    size_BK = truth_BNK.sum(dim=1)
+    centres_BKE = F.normalize(truth_BNK.transpose(1, 2) @ z_BNE, dim=2)
+    cosine_BNK = (z_BNE @ centres_BKE.transpose(1, 2)).masked_fill((size_BK == 0)[:, None], ABSENT)
+    entropy_BK = -((cosine_BNK / PATCH_TEMPERATURE).log_softmax(dim=2) * truth_BNK).sum(dim=1) / size_BK.clamp_min(1)
+    return (entropy_BK.sum(dim=1) / (size_BK > 0).sum(dim=1).clamp_min(1)).sum()
+
+
+def _one_hot(reduced: Tensor, num_classes: int) -> Tensor:
+    """(B, N, K) floats; a location that is not labelled is 0 everywhere."""
     labels = reduced.flatten(1)
     valid = labels != IGNORE_INDEX
-    truth_BNK = F.one_hot(labels.where(valid, 0), num_classes).to(z_BNE.dtype) * valid[..., None]
-    centres_BKE = F.normalize(truth_BNK.transpose(1, 2) @ z_BNE, dim=2)
-    pull = ((1 - (z_BNE @ centres_BKE.transpose(1, 2))) * truth_BNK).sum(dim=(1, 2)) / valid.sum(dim=1).clamp_min(1)
-    present = truth_BNK.sum(dim=1) > 0
-    count = present.sum(dim=1)
-    pairs = (count * (count - 1) // 2).clamp_min(1)
-    return (pull + _pair_similarity(centres_BKE, present) / pairs).sum()
+    return F.one_hot(labels.where(valid, 0), num_classes).float() * valid[..., None]
 
 
 def _on_grid(reduced: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -54,7 +54,7 @@ class LocalSeparation(nn.Module):
 
 
 class RegionSeparation(nn.Module):
-    """F' = norm(F + W(alpha * (own - rival))): towards the soft region it belongs to, away from the one it may be.
+    """F' = norm(F + alpha * MLP([F, own, rival])): by the soft region it belongs to, and by the one it may be.
 
     p are the coarse logits' probabilities and c_k the regions' centres: own = sum_k p_k c_k, and rival is the same over
     p_k (1 - p_k) normalised, which leans to the classes that the location hesitates between.
@@ -63,23 +63,26 @@ class RegionSeparation(nn.Module):
     def __init__(self, width: int, context: int) -> None:
         super().__init__()
         self.alpha = nn.Conv2d(width + context, 1, 1)
-        self.project = nn.Conv2d(width, width, 1)
+        self.mix = nn.Sequential(
+            nn.Conv2d(3 * width, width, 1), ChannelNorm(width), nn.GELU(), nn.Conv2d(width, width, 1)
+        )
         self.norm = ChannelNorm(width)
 
     def forward(self, f_BDhw: Tensor, context: Tensor, coarse_BKhw: Tensor | None) -> Tensor:
         assert coarse_BKhw is not None
-        own_rival = separation_direction(f_BDhw, coarse_BKhw)
+        own, rival = own_and_rival(f_BDhw, coarse_BKhw)
         alpha = 2 * torch.sigmoid(self.alpha(context))
-        out: Tensor = self.norm(f_BDhw + self.project(alpha * own_rival.to(f_BDhw.dtype)))
+        mixed = self.mix(torch.cat([f_BDhw, own.to(f_BDhw.dtype), rival.to(f_BDhw.dtype)], dim=1))
+        out: Tensor = self.norm(f_BDhw + alpha * mixed)
         return out
 
 
-def separation_direction(f_BDhw: Tensor, coarse_BKhw: Tensor) -> Tensor:
-    """own - rival at each location, (B, D, h, w) in fp32: sums over thousands of locations are too long for bf16."""
+def own_and_rival(f_BDhw: Tensor, coarse_BKhw: Tensor) -> tuple[Tensor, Tensor]:
+    """Both centres at each location, (B, D, h, w) in fp32: sums over thousands of locations are too long for bf16."""
     with torch.autocast(f_BDhw.device.type, enabled=False):
         f_BDN = f_BDhw.float().flatten(2)
         p_BKN = coarse_BKhw.float().softmax(dim=1).flatten(2)
         centres_BDK = f_BDN @ p_BKN.transpose(1, 2) / p_BKN.sum(dim=2).clamp_min(1e-6)[:, None]
         q_BKN = p_BKN * (1 - p_BKN)
         q_BKN = q_BKN / q_BKN.sum(dim=1, keepdim=True).clamp_min(1e-6)
-        return (centres_BDK @ (p_BKN - q_BKN)).view(f_BDhw.shape)
+        return (centres_BDK @ p_BKN).view(f_BDhw.shape), (centres_BDK @ q_BKN).view(f_BDhw.shape)

@@ -10,7 +10,6 @@ from repsep_model import SegmentorConfig
 
 LOCAL = {"separation": "none", "cross_attention": 0}
 LIGHT = {"coarse": 0.1, "attention": 0.1, "identity": 0.025, "region": 0.025, "patch": 0.025}
-TOGETHER = tried.patch_contrast | tried.attention_dice | tried.region_nonlinear | tried.centred_presence
 
 PARTS = [
     BASELINE,
@@ -18,28 +17,23 @@ PARTS = [
     Arm("sas-local", "local pathway + local separation", {"separation": "local", "cross_attention": 0}),
     Arm("sas-region", "local pathway + region separation", {"separation": "region", "cross_attention": 0}),
     Arm("dca", "local pathway + cross-attention", {"separation": "none"}),
-    Arm("full", "local pathway + region separation + cross-attention, as first formulated"),
+    Arm("full", "local pathway + region separation + cross-attention"),
 ]
 CONTROLS = [
     Arm("no-discrepancy", "local pathway without the discrepancy", LOCAL | {"local_discrepancy": False}),
     Arm("uniform", "local pathway with a uniform kernel", LOCAL | {"uniform_smoothing": True}),
     Arm("unsupervised", "full, attention without supervision", {"attention_supervision": False}),
     Arm("local-dice", "local pathway, Dice on its logits", LOCAL, {"dice": 0.5}),
+    Arm("full-dice", "full, Dice on its logits", weights={"dice": 0.5}),
 ]
 TRIED = [
-    Arm("balanced", "full, patch separation with classes alike", change=tried.patch_balanced),
-    Arm("contrast", "full, patch separation by contrast", change=tried.patch_contrast),
-    Arm("mask-dice", "full, attention as mask by Dice too", change=tried.attention_dice),
-    Arm("nonlinear", "full, region separation by an MLP", change=tried.region_nonlinear),
-    Arm("presence", "full, class scores with the presence that regions tell", change=tried.presence),
-    Arm("centred", "full, regions and locations compared without what they share", change=tried.centred),
+    Arm("first", "full as first formulated", change=tried.first),
+    Arm("first-patch", "full, patch separation as first formulated", change=tried.first_patch),
+    Arm("first-attention", "full, attention as mask by cross-entropy alone", change=tried.first_attention),
+    Arm("first-region", "full, region separation as first formulated", change=tried.first_region),
+    Arm("first-cross", "full, regions compared as they are, no presence", change=tried.first_cross),
+    Arm("balanced", "full, first patch separation with classes alike", change=tried.balanced_patch),
     Arm("light", "full, the new auxiliary weights at a quarter", weights=LIGHT),
-    Arm(
-        "together",
-        "full, contrast + mask Dice + MLP + centred + presence",
-        change=TOGETHER,
-    ),
-    Arm("together-dice", "the same, Dice on its logits", weights={"dice": 0.5}, change=TOGETHER),
 ]
 
 

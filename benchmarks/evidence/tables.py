@@ -10,6 +10,7 @@ from pipelines.sweeping.comparison import interval
 Records = Mapping[tuple[str, str, int], Mapping[str, Any]]
 METRICS = {
     "miou": "mIoU",
+    "whole_miou": "mIoU, whole images",
     "boundary_miou": "boundary mIoU",
     "aacc": "pixel accuracy",
     "retention": "retention",
@@ -38,7 +39,7 @@ def means(arms: Mapping[str, Mapping[int, Mapping[str, Any]]], what: Mapping[str
 
 def differences(arms: Mapping[str, Mapping[int, Mapping[str, Any]]], pairs: Sequence[tuple[str, str]]) -> str:
     """A Markdown table: first minus second, paired by seed, with the 95 % interval."""
-    shown = ("miou", "boundary_miou", "retention", "corrupted_miou")
+    shown = ("miou", "whole_miou", "boundary_miou", "retention", "corrupted_miou")
     lines = ["| difference | pairs | " + " | ".join(METRICS[m] for m in shown) + " |", "|" + "---|" * (2 + len(shown))]
     for first, second in pairs:
         seeds = sorted(arms.get(first, {}).keys() & arms.get(second, {}).keys())

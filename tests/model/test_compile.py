@@ -19,7 +19,7 @@ from repsep_model import LossWeights, Segmentor, SegmentorConfig, segmentation_l
 from repsep_model.layers import pad_replicate
 from repsep_model.losses import total_loss
 from repsep_model.optim import Ema, parameter_groups
-from repsep_model.separation import separation_direction
+from repsep_model.separation import own_and_rival
 from repsep_model.training import StepSettings, TrainState, train_step
 from tests.model.tiny import FAMILIES, PVT, VIT, K, family_segmentor, random_images, random_labels, tiny_segmentor
 
@@ -182,11 +182,11 @@ def test_separation_stays_in_full_precision_under_compiled_autocast() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 8, 5, 7, generator=generator)
     coarse = torch.randn(2, K, 5, 7, generator=generator)
-    compiled = torch.compile(separation_direction, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(own_and_rival, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
         found = compiled(features, coarse)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, separation_direction(features, coarse))
+    torch.testing.assert_close(found, own_and_rival(features, coarse))
 
 
 @pytest.mark.parametrize("margin", [1, 2])

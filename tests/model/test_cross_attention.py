@@ -3,6 +3,8 @@
 Shapes: B batch, D width, K classes, h x w grid, N = h * w.
 """
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,8 @@ D, K = 8, 3
 def attention(layers: int = 1) -> DiscriminativeCrossAttention:
     torch.manual_seed(0)
     module = DiscriminativeCrossAttention(D, K, layers)
-    torch.nn.init.normal_(module.queries)
+    for start in (module.queries, module.presence.weight, module.presence.bias):
+        torch.nn.init.normal_(start)
     return module
 
 
@@ -39,14 +42,37 @@ def test_layer_equals_brute_force() -> None:
 
 
 @torch.no_grad()
-def test_scores_are_tau_times_the_cosine_of_region_and_location() -> None:
+def test_scores_are_tau_times_the_cosine_of_region_and_location_and_the_presence() -> None:
     module = attention()
     f = torch.randn(2, D, 3, 4)
-    regions = module(f)
+    queries, _ = module.layers[0](module.queries.expand(2, -1, -1), f)
+    found = module.region_norm(queries)
+    regions = module.region(found)
     embedded = module.embed(f)
-    for k in range(K):
-        expected = 4.0 * F.cosine_similarity(regions.regions_BKD[:, k, :, None, None], embedded, dim=1)
-        torch.testing.assert_close(regions.scores_BKhw[:, k], expected)
+    for b in range(2):
+        for k in range(K):
+            own = regions[b, k] - sum(regions[b, j] for j in range(K)) / K
+            torch.testing.assert_close(module(f).regions_BKD[b, k], own / own.norm())
+            for y, x in itertools.product(range(3), range(4)):
+                here = embedded[b, :, y, x] - embedded[b].flatten(1).mean(dim=1)
+                expected = 4.0 * F.cosine_similarity(own, here, dim=0) + module.presence(found[b, k])[0]
+                torch.testing.assert_close(module(f).scores_BKhw[b, k, y, x], expected)
+
+
+@torch.no_grad()
+def test_what_all_locations_share_changes_no_comparison() -> None:
+    module = attention()
+    module.embed[0] = torch.nn.Identity()
+    f = torch.randn(1, D, 3, 4)
+    module.layers = torch.nn.ModuleList([Still()])
+    torch.testing.assert_close(module(f + 3.0).scores_BKhw, module(f).scores_BKhw, rtol=1e-4, atol=1e-4)
+
+
+class Still(torch.nn.Module):
+    """A layer whose queries have read nothing."""
+
+    def forward(self, queries_BKD: torch.Tensor, f_BDhw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return queries_BKD, torch.zeros(len(f_BDhw), K, f_BDhw[0, 0].numel())
 
 
 @torch.no_grad()

@@ -186,13 +186,28 @@ def plain_patch(found: SegmentorOutput, labels: Tensor) -> tuple[Tensor, float]:
     losses = []
     for image in labelled(found.aux.embedding_BEhw, grid_labels(labels)):
         units = [(z / (z * z).sum().sqrt(), k) for z, k in image]
-        sums = [(k, torch.stack([z for z, label in units if label == k]).sum(dim=0)) for k in {k for _, k in units}]
-        centres = dict(sums)
-        pulls = [1 - cosine(z, centres[k]) for z, k in units]
-        pushes = [cosine(centres[i], centres[j]).clamp_min(0) for i, j in itertools.combinations(centres, 2)]
+        classes = sorted({k for _, k in units})
+        centres = {k: torch.stack([z for z, label in units if label == k]).sum(dim=0) for k in classes}
+        of_class: dict[int, list[Tensor]] = {k: [] for k in classes}
+        for z, k in units:
+            alike = {c: (cosine(z, centre) / 0.1).exp() for c, centre in centres.items()}
+            of_class[k].append(-(alike[k] / added(list(alike.values()))).log())
         if image:
-            losses.append(mean(pulls) + mean(pushes))
+            losses.append(mean([mean(costs) for costs in of_class.values()]))
     return added(losses), len(losses)
+
+
+def plain_attention(found: SegmentorOutput, labels: Tensor) -> tuple[Tensor, float]:
+    assert found.aux is not None
+    assert found.aux.attention_BKhw is not None
+    attention, reduced = found.aux.attention_BKhw, grid_labels(labels)
+    total, weight = plain_ce(attention, reduced)
+    for image in labelled(attention, reduced):
+        p = [softmax(v) for v, _ in image]
+        members = {k: {i for i, (_, label) in enumerate(image) if label == k} for _, k in image}
+        if members:
+            total = total + len(image) * mean([dice_of_class([p_K[k] for p_K in p], m) for k, m in members.items()])
+    return total, weight
 
 
 def on_grid(field: str) -> Reference:
@@ -211,7 +226,7 @@ CASES: dict[str, tuple[LossWeights, Reference]] = {
     "lovasz": (only("lovasz"), lambda found, labels: over_present_classes(found, labels, lovasz_of_class)),
     "local": (only("local"), on_grid("local_BKhw")),
     "coarse": (only("coarse"), on_grid("coarse_BKhw")),
-    "attention": (only("attention"), on_grid("attention_BKhw")),
+    "attention": (only("attention"), plain_attention),
     "identity": (only("identity"), plain_identity),
     "region": (only("region"), plain_region),
     "patch": (only("patch"), plain_patch),

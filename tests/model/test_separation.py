@@ -8,21 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from repsep_model.layers import ChannelNorm
-from repsep_model.separation import LocalSeparation, RegionSeparation, separation_direction
+from repsep_model.separation import LocalSeparation, RegionSeparation, own_and_rival
 
 
-def brute_direction(f_BDhw: Tensor, coarse_BKhw: Tensor) -> Tensor:
-    out = torch.zeros_like(f_BDhw)
-    for f_Dhw, coarse_Khw, out_Dhw in zip(f_BDhw, coarse_BKhw, out, strict=True):
+def brute_centres(f_BDhw: Tensor, coarse_BKhw: Tensor) -> tuple[Tensor, Tensor]:
+    both = torch.zeros(2, *f_BDhw.shape)
+    for f_Dhw, coarse_Khw, own_Dhw, rival_Dhw in zip(f_BDhw, coarse_BKhw, *both, strict=True):
         f_DN, p_KN = f_Dhw.flatten(1), coarse_Khw.softmax(dim=0).flatten(1)
         K, N = p_KN.shape
         centres = [sum((p_KN[k, n] * f_DN[:, n] for n in range(N)), torch.zeros(1)) / p_KN[k].sum() for k in range(K)]
         for n in range(N):
             doubt = [float(p_KN[k, n] * (1 - p_KN[k, n])) for k in range(K)]
             for k in range(K):
-                own, rival = float(p_KN[k, n]), doubt[k] / sum(doubt)
-                out_Dhw.flatten(1)[:, n] += (own - rival) * centres[k]
-    return out
+                own_Dhw.flatten(1)[:, n] += float(p_KN[k, n]) * centres[k]
+                rival_Dhw.flatten(1)[:, n] += doubt[k] / sum(doubt) * centres[k]
+    return both[0], both[1]
 
 
 def test_local_separation_is_the_identity_before_its_norm_at_the_start() -> None:
@@ -64,27 +64,26 @@ def test_local_separation_moves_away_from_the_smoothed_map_by_alpha_and_lambda()
         torch.testing.assert_close(module(f, f, None), expected)
 
 
-def test_separation_direction_equals_brute_force() -> None:
+def test_own_and_rival_equal_brute_force() -> None:
     torch.manual_seed(0)
     f, coarse = torch.randn(2, 3, 3, 4), 2 * torch.randn(2, 4, 3, 4)
-    torch.testing.assert_close(separation_direction(f, coarse), brute_direction(f, coarse))
+    torch.testing.assert_close(own_and_rival(f, coarse), brute_centres(f, coarse))
 
 
-def test_direction_is_zero_where_nothing_is_known() -> None:
-    f = torch.randn(1, 6, 4, 4)
-    direction = separation_direction(f, torch.zeros(1, 5, 4, 4))
-    torch.testing.assert_close(direction, torch.zeros_like(f), rtol=0, atol=1e-6)
+def test_own_and_rival_are_the_same_where_nothing_is_known() -> None:
+    own, rival = own_and_rival(torch.randn(1, 6, 4, 4), torch.zeros(1, 5, 4, 4))
+    torch.testing.assert_close(own, rival)
 
 
-def test_a_location_between_two_classes_moves_to_the_likelier_and_away_from_the_other() -> None:
+def test_a_location_between_two_classes_is_nearer_to_the_likelier_and_its_rival_leans_to_the_other() -> None:
     f = torch.tensor([[[[1.0, 1.0, 0.0, 0.0]], [[0.0, 0.0, 1.0, 1.0]]]])  # classes 0 and 1 lie on the two axes
     coarse = torch.zeros(1, 3, 1, 4)
     coarse[:, 0, :, :2] = coarse[:, 1, :, 2:] = 8
     coarse[:, 2] = -8
     coarse[0, :, 0, 0] = torch.tensor([2.0, 1.0, -8.0])
-    moved = separation_direction(f, coarse)[0, :, 0, 0]
-    assert moved[0] > 0.1
-    assert moved[1] < -0.1
+    own, rival = (centre[0, :, 0, 0] for centre in own_and_rival(f, coarse))
+    assert own[0] - rival[0] > 0.1
+    assert own[1] - rival[1] < -0.1
 
 
 def test_confident_locations_stay_finite_and_have_finite_gradients() -> None:
@@ -92,30 +91,32 @@ def test_confident_locations_stay_finite_and_have_finite_gradients() -> None:
     coarse = torch.full((1, 3, 3, 3), -1e4)
     coarse[:, 1] = 1e4
     coarse.requires_grad_()
-    direction = separation_direction(f, coarse)
-    direction.sum().backward()
-    assert direction.isfinite().all()
+    own, rival = own_and_rival(f, coarse)
+    (own - rival).sum().backward()
+    assert own.isfinite().all()
+    assert rival.isfinite().all()
     for leaf in (f, coarse):
         assert leaf.grad is not None
         assert leaf.grad.isfinite().all()
 
 
-def test_direction_is_computed_in_fp32_under_autocast() -> None:
+def test_centres_are_computed_in_fp32_under_autocast() -> None:
     f, coarse = torch.randn(1, 4, 8, 8).bfloat16(), torch.randn(1, 3, 8, 8).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = separation_direction(f, coarse)
-    assert inside.dtype == torch.float32
-    torch.testing.assert_close(inside, separation_direction(f.float(), coarse.float()), rtol=0, atol=0)
+        inside = own_and_rival(f, coarse)
+    assert inside[0].dtype == inside[1].dtype == torch.float32
+    torch.testing.assert_close(inside, own_and_rival(f.float(), coarse.float()), rtol=0, atol=0)
 
 
-def test_region_separation_adds_the_projected_direction() -> None:
+def test_region_separation_adds_what_it_makes_of_the_location_its_own_centre_and_the_rivals() -> None:
     torch.manual_seed(0)
     module = RegionSeparation(8, 8)
     module.norm = nn.Identity()  # type: ignore[assignment]
     f, context, coarse = torch.randn(1, 8, 4, 5), torch.randn(1, 16, 4, 5), torch.randn(1, 3, 4, 5)
     with torch.no_grad():
         alpha = 2 * torch.sigmoid(module.alpha(context))
-        expected = f + module.project(alpha * separation_direction(f, coarse))
+        own, rival = own_and_rival(f, coarse)
+        expected = f + alpha * module.mix(torch.cat([f, own, rival], dim=1))
         torch.testing.assert_close(module(f, context, coarse), expected)
 
 
