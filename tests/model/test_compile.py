@@ -185,7 +185,7 @@ def test_separation_stays_in_full_precision_under_compiled_autocast() -> None:
     compiled = torch.compile(own_and_rival, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
         found = compiled(features, coarse)
-    assert found.dtype == torch.float32
+    assert found[0].dtype == found[1].dtype == torch.float32
     torch.testing.assert_close(found, own_and_rival(features, coarse))
 
 
