@@ -25,8 +25,8 @@ import ray
 import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
-from pipelines import cluster
-from pipelines.bulk.commits import FAILED, Output, ReplacedError
+from pipelines import cluster, counters
+from pipelines.bulk.commits import FAILED, OK, Output, ReplacedError
 from pipelines.bulk.steps import (
     DONE_SCHEMA,
     IMAGE_SCHEMA,
@@ -245,6 +245,10 @@ class SegmentJob:
             self.refused_since = None
             self.parts.append(row["part"])
         self.tally.add(row)
+        if row["status"] == OK:
+            counters.IMAGES_DONE.add()
+        else:
+            counters.IMAGES_FAILED.add(stage=row["stage"])
 
     def _breaker(self) -> None:
         if (said := self.tally.too_many_failed(self.config.max_failure_rate)) is not None:

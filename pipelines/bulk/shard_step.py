@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from pipelines import counters
 from pipelines.bulk.commits import FAILED, MASKS, OK, Output, object_key
 from pipelines.bulk.model_step import SegmentImages
 from pipelines.bulk.shards import Member, ShardError, mask_table, read_shard
@@ -120,6 +121,7 @@ class SegmentShards:
             confidence=self.settings.confidence,
         )
         folder.write(where, table)
+        counters.BYTES_WRITTEN.add(len(table))
         return folder.uri_of(where)
 
     def _whole(self, shard: Row, stage: str, error: str) -> Row:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines import counters
 from pipelines.bulk.commits import CONFIDENCE, FAILED, MASKS, OK, Output, object_key
 from pipelines.config import SegmentConfig
 from pipelines.errors import RepsepError, StorageError
@@ -127,6 +128,7 @@ def decode(row: Row, fetch: Callable[[], bytes], max_pixels: int, *, large_pixel
     except Exception as error:
         found |= {"stage": "read", "error": reason_of(error), "passing": isinstance(error.__cause__, GaveUpError)}
     else:
+        counters.BYTES_READ.add(len(data))
         try:
             if large_pixels is None or not large_pixels < header_pixels(data) <= max_pixels:
                 found["pixels"] = image = decode_image(data, max_pixels)
@@ -248,6 +250,7 @@ class CommitMasks:
         folder = self.output.folder
         where = object_key(prefix, key, ".png", root=folder.path, local=folder.local)
         folder.write(where, data)
+        counters.BYTES_WRITTEN.add(len(data))
         return folder.uri_of(where)
 
 

@@ -17,6 +17,7 @@ import psutil
 import torch
 from ray.experimental import tqdm_ray
 
+from pipelines import counters
 from pipelines.config import TrainConfig
 from pipelines.patient_tracking import PatientLogger
 from pipelines.pictures import Sample, encoded, stacked, triptych
@@ -86,7 +87,8 @@ class Telemetry:
     def step(self, metrics: dict[str, float], step: int) -> None:
         """After each step, with what it returned; each `log_every` steps it is logged."""
         self.clock.step()
-        if self.progress is not None:
+        if self.progress is not None:  # rank 0, which counts for all
+            counters.TRAIN_IMAGES.add(self.clock.batch_size)
             note = f"loss {metrics['loss']:.3f}" + ("" if self.miou is None else f", val mIoU {self.miou:.3f}")
             self.progress.advance(1, note)
         if self.logger is not None and self.machine is not None and step % self.log_every == 0:
@@ -146,7 +148,9 @@ class Clock:
         try:
             yield
         finally:
-            self.waited += self.now() - began
+            waited = self.now() - began
+            self.waited += waited
+            counters.TRAIN_DATA_WAIT.add(waited)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -162,7 +162,9 @@ def test_a_mask_is_what_segment_image_gives(
     alone = expected(model, data, config)
     assert row["error"] is None
     assert np.array_equal(row["labels"], alone.labels)
-    assert np.array_equal(row["confidence_map"], np.rint(alone.confidence * 255))
+    # In a full batch sums are rounded otherwise than alone: next to a half that is another whole number.
+    apart = np.abs(row["confidence_map"] - alone.confidence * 255)
+    assert apart.max() < 0.501
     assert len(np.unique(alone.labels)) > 1, "a mask of one class would prove little"
 
 
