@@ -80,6 +80,9 @@ REFUSED = {
         (NAMESPACES["monitoring"], RAY, 8265),
         (NAMESPACES["kuberay-system"], RAY, 6379),
     ],
+    "nothing reaches what serves nobody": [
+        (NAMESPACES["default"], side, 80) for side in (SUBMITTER, WORKFLOW, STRANGER)
+    ],
     "a submitter reaches the dashboard alone": [(SUBMITTER, RAY, 6379), (SUBMITTER, MLFLOW, 5000)],
     "no pod takes its machine's rights": [(side, CLOUD_METADATA, port) for side in (RAY, MLFLOW) for port in (80, 443)],
     "a database has nothing to say to the world": [(POSTGRES, WORLD, 443)],
