@@ -1,8 +1,8 @@
 """Which part of the model helps, by how much, and at what cost? The protocol is in `benchmarks/README.md`.
 
-    PYTHONPATH=. python benchmarks/ablation.py warm --study final
-    PYTHONPATH=. python benchmarks/ablation.py run --study final --arms baseline,local,full --seeds 100,101,102
-    PYTHONPATH=. python benchmarks/ablation.py show --study final       (tables; the diagnostics' figure)
+    PYTHONPATH=. python benchmarks/ablation.py warm --study longer
+    PYTHONPATH=. python benchmarks/ablation.py run --study longer --arms baseline,local,full --seeds 100,101,102
+    PYTHONPATH=. python benchmarks/ablation.py show --study longer       (tables; the diagnostics' figure)
 
 Runs are taken one after the other, `--jobs` at a time, each with one thread; what is finished is not run again, and a
 run that was killed goes on from its last checkpoint.
@@ -18,6 +18,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several runs share the machine
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TIMM_FUSED_ATTN", "0")  # the fused one is slower backwards on a CPU
 
 from benchmarks.evidence.arms import ALL, PARTS, STUDIES
 from benchmarks.evidence.runs import BASELINE, RESULTS, Run, finished, perform_all, prepare
@@ -52,7 +53,7 @@ def main() -> None:
         print(means(arms, {name: arm.what for name, arm in ALL.items()}))
         print()
         print(differences(arms, pairs))
-        if options.study == "final" and {BASELINE.name, options.ours} <= arms.keys():
+        if options.study == "longer" and {BASELINE.name, options.ours} <= arms.keys():
             pair = {name: diagnosed(arms[name]) for name in (BASELINE.name, options.ours)}
             figure(pair, "Means over the seeds and 11 val images.").savefig(PLOT, dpi=110)
 

@@ -4,7 +4,7 @@
     PYTHONPATH=. python benchmarks/robustness.py show
 
 On one val image in `--every`; what is measured is not measured again. Needs the arms' weights, which `ablation.py run
---study final` leaves under `.repsep/evidence/`.
+--study longer` leaves under `.repsep/evidence/`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TIMM_FUSED_ATTN", "0")  # the fused one is slower backwards on a CPU
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def measure(arm: str, seed: int, name: str, every: int) -> dict[str, Any]:
     _, judged = data.read("camvid", "final")
     few = judged.every(every)
     with ALL[arm].change():
-        model = trained(Run(ALL[arm], seed, STUDIES["final"]), len(judged.classes))
+        model = trained(Run(ALL[arm], seed, STUDIES["longer"]), len(judged.classes))
         if name == CLEAN:
             found = {"0": score(model, few)["miou"]}
         else:

@@ -49,5 +49,6 @@ ALL = {arm.name: arm for arm in (*PARTS, *CONTROLS, *TRIED, *HEADS)}
 STUDIES = {
     "search": Training("camvid", "search", 600),
     "final": Training("camvid", "final", 600),
+    "longer": Training("camvid", "final", 1200),
     "nuclei": Training("nuclei", "final", 400),
 }
