@@ -60,7 +60,7 @@ def one_convolution() -> Any:
     import torch
 
     class OneConvolution(torch.nn.Module):
-        multiple, fixed_window = 8, None
+        multiple, fixed_window, plain = 8, None, False
 
         def __init__(self) -> None:
             super().__init__()

@@ -81,8 +81,8 @@ class ModelConfig(Section):
     )
     cross_attention: int = Field(1, ge=0, description="layers of discriminative cross-attention")
     attention_supervision: bool = Field(True, description="losses on the attention and its regions")
-    window: int = Field(
-        512, ge=32, description="side of the sliding window for images over the pixel_budget of evaluate or segment"
+    window: int | None = Field(
+        None, ge=32, description="side of the sliding window by which images are segmented; by default that of the crop"
     )
 
 
@@ -285,8 +285,11 @@ class EvaluateConfig(Section):
     dataset: str | None = Field(None, description="URI of a prepared dataset; by default the latest prepare's")
     split: str = Field("val", description="which images the model is judged on")
     overlays: int = Field(6, ge=0, description="images drawn for the report")
-    pixel_budget: int = Field(
-        4 * 1024 * 1024, ge=1, description="images over this many pixels go by windows of train.model.window"
+    pixel_budget: int | None = Field(
+        None,
+        ge=1,
+        description="images over this many pixels go by windows of train.model.window; by default what is larger than "
+        "a window if the backbone is a plain ViT, over 4 megapixels otherwise",
     )
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (1.0,), min_length=1, description="sizes of each image whose probabilities are averaged, 1 as it is"
@@ -345,7 +348,9 @@ class SegmentConfig(Section):
     bf16: bool = Field(True, description="run the model in bfloat16 autocast")
     compile: bool = Field(False, description="torch.compile the model; pays where shapes are few and images many")
     model_batch: int = Field(1, ge=1, description="images of one shape in a call of the model; 8 to 32 suit a GPU")
-    pixel_budget: int = Field(4 * 1024 * 1024, ge=1024, description="images over this many pixels go by windows")
+    pixel_budget: int | None = Field(
+        None, ge=1024, description="images over this many pixels go by windows; by default as for evaluate"
+    )
     max_pixels: int = Field(
         178_956_970, ge=1024, description="images over this many pixels are refused, as failed rows"
     )

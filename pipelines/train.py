@@ -41,7 +41,7 @@ def train(workspace: str, recipe: Recipe) -> Receipt:
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(fetch_model(config.init_from, recipe.tracking)) if config.init_from else None
         if source is not None:
-            check_init(config.model, source, dataset)
+            check_init(config.model, source, dataset, config.augment.crop)
         return run_stage(
             "train",
             workspace=workspace,
@@ -70,7 +70,7 @@ def check_model(model: ModelConfig, num_classes: int, crop: int, grad_checkpoint
     """Build it once without memory: a wrong backbone is a UsageError before a cluster is asked for."""
     try:
         with torch.device("meta"):
-            built = build_segmentor(segmentor_config(model, num_classes))
+            built = build_segmentor(segmentor_config(model, num_classes, crop))
         built.set_grad_checkpointing(grad_checkpointing)
     except ValueError as error:
         raise UsageError(f"train.model.backbone: {error}") from error
@@ -82,10 +82,10 @@ def check_model(model: ModelConfig, num_classes: int, crop: int, grad_checkpoint
         )
 
 
-def check_init(model: ModelConfig, source: FetchedModel, dataset: Dataset) -> None:
+def check_init(model: ModelConfig, source: FetchedModel, dataset: Dataset, crop: int) -> None:
     """Say what training will start from; a model of another architecture is a UsageError before a cluster is asked."""
     with torch.device("meta"):
-        built = build_segmentor(segmentor_config(model, dataset.num_classes))
+        built = build_segmentor(segmentor_config(model, dataset.num_classes, crop))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # only names and shapes

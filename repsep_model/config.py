@@ -73,7 +73,7 @@ class SegmentorConfig:
     """Per-channel standard deviation in 0..1; by default what the backbone was trained with."""
 
     window: int = 512
-    """Side in pixels of the sliding window for images over the pixel budget."""
+    """Side in pixels of the sliding window: that of training's crops."""
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):

@@ -27,7 +27,10 @@ CANVAS = 32
 """Canvas sides are multiples of the first multiple of the model's own that reaches this: few shapes in a bucket."""
 
 PIXEL_BUDGET = 4 * 1024 * 1024
-"""Images over this many pixels go by windows."""
+"""Images over this many pixels go by windows, whatever the model."""
+
+WINDOWED_PIXELS = {"cpu": 4 * 192 * 192, "cuda": 16 * 512 * 512}
+"""Pixels of the windows that go through the model together: small windows one by one take half as long again."""
 
 UPSAMPLE_BYTES = {"cpu": 4 * 1024 * 1024, "cuda": 64 * 1024 * 1024}
 """Logits that are upsampled together: on a CPU as many as its cache holds, which takes three quarters of the time."""
@@ -46,14 +49,14 @@ def segment_image(
     model: Segmentor,
     image: UInt8,
     *,
-    pixel_budget: int = PIXEL_BUDGET,
+    pixel_budget: int | None = None,
     overlap: float = 0.25,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     dtype: torch.dtype = torch.float32,
     as_bytes: bool = False,
 ) -> Segmentation:
-    """Segment one (H, W, 3) uint8 image; over `pixel_budget` pixels by windows of `model.config.window`.
+    """Segment one (H, W, 3) uint8 image, whole or by windows of `model.config.window` as `fits_whole` says.
 
     `overlap` is the share of a window that the next one covers again. The probabilities of all `scales` of the image,
     and with `flip` of their mirror images, are averaged. `dtype` bfloat16 runs the model under autocast. `as_bytes`
@@ -97,10 +100,15 @@ def segment_batch(
     ]
 
 
-def fits_whole(model: Segmentor, height: int, width: int, pixel_budget: int) -> bool:
-    """Whether an image is given to the model in one piece: within the budget, and within a window that is fixed."""
-    side = model.fixed_window
-    return height * width <= pixel_budget and (side is None or max(height, width) <= side)
+def fits_whole(model: Segmentor, height: int, width: int, pixel_budget: int | None) -> bool:
+    """Whether an image is given to the model in one piece: within the budget, and within a window that is fixed.
+
+    Without a budget of one's own it is `PIXEL_BUDGET`, and a plain ViT takes only what is within its window: its
+    positions were learned on crops of that size, and stretched over a whole image they are others (docs/evidence.md).
+    """
+    side = window_side(model) if model.plain and pixel_budget is None else model.fixed_window
+    budget = PIXEL_BUDGET if pixel_budget is None else pixel_budget
+    return height * width <= budget and (side is None or max(height, width) <= side)
 
 
 def canvas_multiple(model: Segmentor) -> int:
@@ -226,12 +234,14 @@ def _window_bands(model: Segmentor, image: UInt8, overlap: float, dtype: torch.d
 
     total = torch.zeros(model.config.num_classes, cells, lefts[-1] + cells, device=device)
     norm = torch.zeros(cells, lefts[-1] + cells, device=device)
+    together = max(1, WINDOWED_PIXELS.get(device.type, 0) // (cells * stride) ** 2)
     for number, top in enumerate(tops):
-        for left in lefts:
-            pixels = _window(image, top * stride, left * stride, cells * stride, fill_colour(model))
-            logits = _stride_logits(model, _as_batch(pixels), dtype)[0]
-            total[:, :, left : left + cells] += logits * weight
-            norm[:, left : left + cells] += weight
+        for start in range(0, len(lefts), together):
+            some = lefts[start : start + together]
+            windows = [_window(image, top * stride, x * stride, cells * stride, fill_colour(model)) for x in some]
+            for left, logits in zip(some, _stride_logits(model, _as_batch(*windows), dtype), strict=True):
+                total[:, :, left : left + cells] += logits * weight
+                norm[:, left : left + cells] += weight
         done = cells if number == len(tops) - 1 else tops[number + 1] - top
         # One row and column beyond the image where there are some: its last pixels lie between these and the last ones.
         yield (total[:, :done] / norm[:done])[:, : grid_h + 1 - top, : grid_w + 1]
@@ -256,9 +266,10 @@ def _window(image: UInt8, top: int, left: int, side: int, fill: Sequence[int]) -
     return window
 
 
-def _as_batch(pixels: UInt8) -> Tensor:
+def _as_batch(*pixels: UInt8) -> Tensor:
     # An image from shared memory is read-only, a mirrored one has negative strides: torch takes neither.
-    return torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    batch = pixels[0][None] if len(pixels) == 1 else np.stack(pixels)
+    return torch.from_numpy(np.require(batch, requirements=["C", "W"])).permute(0, 3, 1, 2)
 
 
 def _starts(length: int, cells: int, overlap: float) -> list[int]:

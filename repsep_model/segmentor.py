@@ -95,6 +95,8 @@ class Segmentor(nn.Module):
             )
         self.fixed_window = backbone.window
         """The one side that the backbone takes; larger images are given to it in tiles. None: any side."""
+        self.plain = backbone.plain
+        """Whether all taps have one stride: a plain ViT, whose positions are those of its training's crops."""
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1) * 255, persistent=False)
 

@@ -40,6 +40,7 @@ class Peer(nn.Module):
     mean: Tensor
     std: Tensor
     fixed_window = None
+    plain = True
     multiple = 32
 
     def __init__(self, config: SegmentorConfig, decoder: Decoder, width: int = 96) -> None:

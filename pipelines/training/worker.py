@@ -55,9 +55,10 @@ class LoopSettings:
     """Whether a person watches the driver's terminal."""
 
 
-def segmentor_config(model: ModelConfig, num_classes: int) -> SegmentorConfig:
-    """The recipe's model section as the library's config."""
-    return SegmentorConfig(num_classes=num_classes, **model.model_dump(exclude={"pretrained"}))
+def segmentor_config(model: ModelConfig, num_classes: int, crop: int) -> SegmentorConfig:
+    """The recipe's model section as the library's config, for training on crops of that side."""
+    given = model.model_dump(exclude={"pretrained"})
+    return SegmentorConfig(num_classes=num_classes, **given | {"window": model.window or crop})
 
 
 def loss_weights(loss: LossConfig) -> LossWeights:
@@ -232,7 +233,9 @@ def _group() -> Group:
 def _state(config: TrainConfig, dataset: Dataset, group: Group, strategy: Strategy, init: str | None) -> TrainState:
     """The same on every rank: weights come from the seed, or from `init`."""
     torch.manual_seed(config.seed)
-    raw = build_segmentor(segmentor_config(config.model, dataset.num_classes), config.model.pretrained)
+    raw = build_segmentor(
+        segmentor_config(config.model, dataset.num_classes, config.augment.crop), config.model.pretrained
+    )
     if init is not None:
         with tempfile.TemporaryDirectory(prefix="repsep-init-") as temporary:
             folder = Folder(init)

@@ -60,6 +60,7 @@ class CellColours:
         self.config = SimpleNamespace(stride=STRIDE, num_classes=3, window=window)
         self.multiple = 16
         self.fixed_window = None
+        self.plain = False
         self.mean = torch.tensor([120.0, 110.0, 100.0]).view(1, 3, 1, 1)
         self.shapes: list[tuple[int, ...]] = []
 
@@ -128,10 +129,42 @@ def test_windows_of_an_odd_size_agree_with_the_whole_away_from_the_padded_edge()
     np.testing.assert_allclose(windows.confidence[inside], whole.confidence[inside], rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_windows_that_go_together_give_what_each_gives_alone(
+    vit: Segmentor, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, found = picture(150, 500), []
+    for at_once in (1, 2, 16):
+        monkeypatch.setattr(inference_module, "WINDOWED_PIXELS", {"cpu": at_once * 96 * 96})
+        found.append(segment_image(vit, image, dtype=dtype))
+    for other in found[1:]:
+        np.testing.assert_allclose(other.confidence, found[0].confidence, atol=1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_no_more_windows_go_together_than_their_pixels_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference_module, "WINDOWED_PIXELS", {"cpu": 3 * 96 * 96})
+    stand_in: Any = CellColours(96)
+    segment_image(stand_in, colourful(96, 96 * 7), pixel_budget=0, overlap=0)
+    assert [shape[0] for shape in stand_in.shapes] == [3, 3, 1]
+    huge: Any = CellColours(960)
+    segment_image(huge, colourful(96, 1920), pixel_budget=0, overlap=0)
+    assert [shape[0] for shape in huge.shapes] == [1, 1], "a window over the limit goes alone"
+
+
+def test_without_a_budget_a_plain_vit_takes_only_what_its_window_holds() -> None:
+    vit, pyramid = (tiny_segmentor(config, window=96).for_inference() for config in (VIT, PVT))
+    assert fits_whole(vit, 96, 96, None)
+    assert fits_whole(vit, 40, 96, None)
+    assert not fits_whole(vit, 40, 97, None)
+    assert fits_whole(vit, 40, 97, 40 * 97), "a budget of one's own is taken as it is"
+    assert fits_whole(pyramid, 2048, 2048, None)
+    assert not fits_whole(pyramid, 2048, 2049, None)
+
+
 def test_every_window_has_one_shape_and_images_over_the_budget_only_go_by_windows() -> None:
     stand_in: Any = CellColours(100)
     segment_image(stand_in, colourful(203, 261), pixel_budget=203 * 261 - 1)
-    assert set(stand_in.shapes) == {(1, 3, 96, 96)}
+    assert {shape[1:] for shape in stand_in.shapes} == {(3, 96, 96)}
     whole: Any = CellColours(100)
     segment_image(whole, colourful(203, 261), pixel_budget=203 * 261)
     assert whole.shapes == [(1, 3, 224, 288)]
@@ -184,7 +217,7 @@ def test_several_views_average_probabilities_not_labels_and_mirror_back(vit: Seg
             full = F.grid_sample(logits, places, mode="bilinear", padding_mode="border", align_corners=False)[0]
             total += (full.flip(2) if mirrored else full).softmax(dim=0)
     confidence, labels = (total / 6).max(dim=0)
-    found = segment_image(vit, image, scales=(0.75, 1.0, 1.25), flip=True)
+    found = segment_image(vit, image, scales=(0.75, 1.0, 1.25), flip=True, pixel_budget=10**9)
     np.testing.assert_allclose(found.confidence, confidence.numpy(), rtol=1e-4)
     assert (found.labels == labels.numpy()).mean() > 0.999
 
@@ -255,7 +288,7 @@ def test_labels_at_odd_sizes_are_those_of_the_models_own_logits(vit: Segmentor, 
     filled = canvas(image, canvas_multiple(vit), fill_colour(vit))
     logits = vit(torch.from_numpy(filled).permute(2, 0, 1)[None]).logits[0, :, : size[0], : size[1]]
     confidence, labels = logits.softmax(dim=0).max(dim=0)
-    found = segment_image(vit, image)
+    found = segment_image(vit, image, pixel_budget=10**9)
     np.testing.assert_allclose(found.confidence, confidence.numpy(), rtol=1e-4)
     assert (found.labels == labels.numpy()).mean() > 0.9999
 

@@ -92,7 +92,8 @@ def bucket(tmp_path: Path) -> Folder:
 
 
 def config_of(**settings: Any) -> SegmentConfig:
-    return SegmentConfig.model_validate({"bf16": False} | settings)
+    """Every image whole, unless a test says otherwise: that is what batches are made of."""
+    return SegmentConfig.model_validate({"bf16": False, "pixel_budget": 4 * 1024 * 1024} | settings)
 
 
 def todo(*keys: str) -> list[Row]:
@@ -117,7 +118,7 @@ def blocks(number: int, height: int, width: int) -> np.ndarray:
 
 def expected(model: Segmentor, data: bytes, config: SegmentConfig, **more: Any) -> Segmentation:
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    return segment_image(model, decode_image(data), dtype=dtype, **more)
+    return segment_image(model, decode_image(data), dtype=dtype, **{"pixel_budget": config.pixel_budget} | more)
 
 
 @pytest.fixture
@@ -222,6 +223,19 @@ def test_an_image_over_the_pixel_budget_goes_by_windows(
     assert np.array_equal(rows["large"]["labels"], windows)
     assert not np.array_equal(whole, windows), "this image would not tell the two apart"
     assert np.array_equal(rows["small"]["labels"], expected(model, small, config).labels)
+
+
+@pytest.mark.parametrize("family", ["plain", "pyramid"])
+def test_without_a_budget_a_plain_vit_goes_by_windows_and_a_pyramid_does_not(
+    model: Segmentor, pyramid: Segmentor, bucket: Folder, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, data, config = model if family == "plain" else pyramid, encoded(blocks(1, 100, 150)), config_of()
+    monkeypatch.setattr(model_step, "load_files", lambda files: chosen)
+    bucket.write("photo", data)
+    whole, windows = (expected(chosen, data, config, pixel_budget=budget).labels for budget in (10**9, 0))
+    assert not np.array_equal(whole, windows), "this image would not tell the two apart"
+    found = segmented(config_of(pixel_budget=None), bucket, "photo")[0]["labels"]
+    assert np.array_equal(found, windows if family == "plain" else whole)
 
 
 def test_a_directory_that_holds_no_segmentor_is_refused(directory: Path, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_a_signal_is_a_stop_and_its_handlers_are_put_back(interrupt: signal.Sign
 def test_validation_scores_are_the_same_to_the_last_digit_on_1_2_and_3_ranks(prepared: Receipt, recipe: Recipe) -> None:
     dataset = open_dataset(prepared.results["dataset"])
     torch.manual_seed(0)
-    model = build_segmentor(segmentor_config(recipe.train.model, dataset.num_classes)).eval()
+    model = build_segmentor(segmentor_config(recipe.train.model, dataset.num_classes, recipe.train.augment.crop)).eval()
     split, found = dataset.split("val"), []
     for ranks in (1, 2, 3):
         confusions = [
@@ -184,7 +184,8 @@ def test_init_from_another_architecture_is_refused_with_the_settings_that_differ
     recipe: Recipe, prepared: Receipt, tmp_path: Path
 ) -> None:
     dataset, model = open_dataset(prepared.results["dataset"]), recipe.train.model
-    other = build_segmentor(segmentor_config(model.model_copy(update={"width": 24}), dataset.num_classes))
+    config = segmentor_config(model.model_copy(update={"width": 24}), dataset.num_classes, recipe.train.augment.crop)
+    other = build_segmentor(config)
     save_segmentor(other, tmp_path / "other", classes=dataset.classes_file)
     with pytest.raises(UsageError, match=r"train\.init_from: .*width: 24 there, 16 here"):
         train(str(tmp_path / "workspace"), changed(recipe, prepared, init_from=str(tmp_path / "other")))
