@@ -11,7 +11,7 @@ from benchmarks.evidence import data, runs
 from benchmarks.evidence.arms import ALL, HEADS, STUDIES
 from benchmarks.evidence.runs import Arm, Run, Training
 from benchmarks.evidence.tables import differences, of_training, told
-from repsep_model import losses
+from repsep_model import losses, segment_image
 from repsep_model.transforms import Augmentation
 
 SHORT = Training(
@@ -97,6 +97,18 @@ def test_an_arm_is_what_it_says_and_leaves_the_library_as_it_was(arm: Arm) -> No
         model = runs.build(Run(arm, 0, STUDIES["final"]), 11)
     assert losses._patch_separation is before
     assert all(getattr(model.config, name) == value for name, value in arm.config.items())
+
+
+@pytest.mark.parametrize("arm", HEADS, ids=lambda arm: arm.name)
+def test_a_peers_head_stands_on_the_same_backbone_and_answers_as_a_segmentor_does(arm: Arm) -> None:
+    peer, ours = (runs.build(Run(a, 0, SHORT), 3).eval() for a in (arm, ALL["baseline"]))
+    mine = ours.backbone.state_dict()
+    assert all(torch.equal(value, mine[name]) for name, value in peer.backbone.state_dict().items())
+    image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
+    for budget in (10**9, 0):
+        found = segment_image(peer, image, pixel_budget=budget)
+        assert found.labels.shape == (70, 90)
+        assert (found.confidence >= 1 / 3 - 1e-6).all()
 
 
 def test_a_run_that_was_killed_ends_as_the_one_that_was_not(
