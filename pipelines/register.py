@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import Array, Object, Property
 
 import repsep_model
 from pipelines import tracking
@@ -35,6 +36,16 @@ GATE_PAGE = "gate.html"
 # No such model, no such alias. Anything else, such as a server that is down, must not crown a model as the first.
 NO_CHAMPION = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 SERVED_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
+SERVED_CLASSES = Array(
+    Object(
+        [
+            Property("id", DataType.long),
+            Property("name", DataType.string),
+            Property("color", Array(DataType.long)),
+            Property("pixels", DataType.long),
+        ]
+    )
+)
 
 
 def register(workspace: str, recipe: Recipe) -> Receipt:
@@ -206,6 +217,7 @@ def _save(path: Path, directory: Path, versions: dict[str, str]) -> None:
                     ColSpec(DataType.string, "mask"),
                     ColSpec(DataType.long, "height"),
                     ColSpec(DataType.long, "width"),
+                    ColSpec(SERVED_CLASSES, "classes"),
                     ColSpec(DataType.double, "confidence"),
                 ]
             ),
