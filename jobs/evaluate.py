@@ -14,7 +14,8 @@ from jobs.options import main, read_recipe, recipe_options, show
 def command(config: str | None, settings: tuple[str, ...], as_json: bool, corruptions: str | None) -> None:
     """Evaluate a model: IoU, boundaries, calibration and worst images on a split, beside a per-position prior.
 
-    By default the latest trained model on the val split of the latest dataset.
+    By default the latest trained model on the val split of the latest dataset. The masks of a finished `repsep segment`
+    are judged with --set evaluate.predictions=TARGET; then no model runs.
     """
     from pipelines.evaluate import evaluate
 

@@ -282,6 +282,11 @@ class EvaluateConfig(Section):
     model: str | None = Field(
         None, description="directory of a segmentor or models:/name@alias; by default the latest train's"
     )
+    predictions: str | None = Field(
+        None,
+        description="URI of an output of `repsep segment`: its masks are judged and no model runs; what is below "
+        "overlays has no effect then",
+    )
     dataset: str | None = Field(None, description="URI of a prepared dataset; by default the latest prepare's")
     split: str = Field("val", description="which images the model is judged on")
     overlays: int = Field(6, ge=0, description="images drawn for the report")
@@ -299,6 +304,14 @@ class EvaluateConfig(Section):
         "none",
         description="also on corrupted images: 12 times the work, or with full (16 kinds, 5 severities) 80 times",
     )
+
+    @model_validator(mode="after")
+    def _judges_one_thing(self) -> EvaluateConfig:
+        if self.model is not None and self.predictions is not None:
+            raise ValueError(
+                "model and predictions are both given, and one evaluation judges one of them: leave one out"
+            )
+        return self
 
 
 class RegisterConfig(Section):

@@ -3,7 +3,11 @@
 per_image.parquet      counts of every image: registration compares two models by a paired bootstrap over them
 confusion.parquet      one confusion matrix for each corruption and severity
 diagnostics.json       how separate each map's representations are
+unjudged.parquet       images that no figure counts, each with its reason; of a model there are none
 evaluation.html        a page of all of it, with the worst images
+
+Instead of a model an output of `repsep segment` may be judged (`evaluate.predictions`): then what needs confidences or
+the model itself (calibration, corruptions, diagnostics) is absent, and an image without a mask is unjudged.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from pipelines.errors import RepsepError, UsageError
 from pipelines.evaluation.job import drawn, measure
 from pipelines.evaluation.measures import CLEAN, SEGMENTING, Measured, image_counts, mean_diagnostics
 from pipelines.evaluation.page import evaluation_page, miou_of
+from pipelines.evaluation.predictions import Predictions, open_predictions
 from pipelines.models import FetchedModel, fetch_model
 from pipelines.progress import say
 from pipelines.stage import Receipt, StageRun, latest_receipt, run_stage
@@ -36,12 +41,15 @@ from repsep_model.robustness import retention
 
 PACKAGES = ("pipelines", "repsep_model")
 PRIOR_MASKS = 2000
-PER_IMAGE, CONFUSION, DIAGNOSTICS, PAGE = (
+UNJUDGED_SHOWN = 5
+PER_IMAGE, CONFUSION, DIAGNOSTICS, UNJUDGED, PAGE = (
     "per_image.parquet",
     "confusion.parquet",
     "diagnostics.json",
+    "unjudged.parquet",
     "evaluation.html",
 )
+UNJUDGED_SCHEMA = pa.schema([("key", pa.string()), ("kind", pa.string()), ("reason", pa.string())])
 OVERLAYS = "overlays"
 COUNTS = ("intersection", "predicted", "labelled")
 MEANS = ("miou", "macc", "aacc", "fwiou", "mdice")
@@ -54,6 +62,8 @@ def evaluate(workspace: str, recipe: Recipe, instead: EvaluateConfig | None = No
     """Run the stage; with `instead` of the recipe's section it is not the latest (registration judges the champion)."""
     config = instead or recipe.evaluate
     dataset = open_dataset(config.dataset or latest_receipt(workspace, "prepare").results["dataset"])
+    if config.predictions is not None:
+        return _evaluate_predictions(workspace, config, dataset, recipe, latest=instead is None)
     mlflow_run = None
     model_uri = config.model
     if model_uri is None:
@@ -78,21 +88,46 @@ def read_counts(receipt: Receipt) -> tuple[list[str], Counts]:
     return table["key"].to_pylist(), {n: np.array(table[n].to_pylist(), np.int64) for n in COUNTS}
 
 
+def _evaluate_predictions(
+    workspace: str, config: EvaluateConfig, dataset: Dataset, recipe: Recipe, *, latest: bool
+) -> Receipt:
+    predictions = open_predictions(str(config.predictions), dataset, config.split)
+    return run_stage(
+        "evaluate",
+        workspace=workspace,
+        config=EvaluateConfig(split=config.split, overlays=config.overlays),  # the others have no effect
+        inputs={
+            "predictions": predictions.digest,
+            "dataset": dataset.split_digest(config.split),
+            "train": dataset.digest,
+        },
+        packages=PACKAGES,
+        latest=latest,
+        body=lambda run: _evaluate(run, config, dataset, predictions, recipe, None),
+    )
+
+
 def _evaluate(
     run: StageRun,
     config: EvaluateConfig,
     dataset: Dataset,
-    model: FetchedModel,
+    judged: FetchedModel | Predictions,
     recipe: Recipe,
     mlflow_run: str | None,
 ) -> None:
-    _check_classes(dataset, model)
-    measured = measure(config, dataset, model)
+    if isinstance(judged, FetchedModel):
+        _check_classes(dataset, judged)
+    measured = measure(config, dataset, judged)
+    if not measured.keys:
+        first = measured.unjudged[0]
+        raise RepsepError(
+            f"no image of the split {config.split} could be judged; the first, {first.key}: {first.reason}"
+        )
     counts = dict(zip(COUNTS, measured.counts.transpose(1, 0, 2), strict=True))
     scores = scores_from_counts(*(counts[name].sum(axis=0) for name in COUNTS))
     edges = boundary_scores_from_counts(*measured.boundary.sum(axis=0))
     pixels, right = measured.calibration
-    reliability = reliability_from_counts(pixels, right, measured.confidence)
+    reliability = reliability_from_counts(pixels, right, measured.confidence) if pixels.any() else None
     corrupted = {point: miou_of(matrix) for point, matrix in measured.confusion.items() if point != CLEAN}
     kept = retention(scores.miou, corrupted) if corrupted else None
     prior = prior_scores(dataset, config.split)
@@ -102,18 +137,18 @@ def _evaluate(
     run.folder.write(DIAGNOSTICS, json.dumps(_without_nan(diagnostics), indent=1).encode())
     for number, picture in measured.pictures.items():
         run.folder.write(f"{OVERLAYS}/{number:03d}.jpg", picture)
+    run.folder.write(UNJUDGED, _parquet(pa.Table.from_pylist([vars(u) for u in measured.unjudged], UNJUDGED_SCHEMA)))
     run.results = {
-        "model": model.uri,
-        "model_digest": model.digest,
+        **_about(judged, config),
         "dataset": dataset.folder.uri,
         "evaluation": dataset.split_digest(config.split),
         "mlflow_run": mlflow_run,
         "split": config.split,
-        **config.model_dump(mode="json", include={*SEGMENTING, "corruptions"}),
         "images": len(measured.keys),
+        "unjudged": dict(Counter(image.kind for image in measured.unjudged)),
         **{name: _number(v) for name, v in scores.means().items()},
         "boundary_miou": _number(edges.miou),
-        "ece": _number(reliability.ece),
+        "ece": None if reliability is None else _number(reliability.ece),
         "classes_scored": scores.classes_scored,
         "retention": None if kept is None else _number(kept.overall),
         "retention_by_category": {} if kept is None else {k: _number(v) for k, v in kept.categories.items()},
@@ -122,13 +157,25 @@ def _evaluate(
         "iou": _by_class(dataset, scores.iou),
         "boundary_iou": _by_class(dataset, edges.iou),
     }
-    worst = _worst(config, dataset, model, measured)
+    for image in measured.unjudged[:UNJUDGED_SHOWN]:
+        say(f"evaluate: warning: {image.key} is not judged, {image.kind}: {image.reason}")
+    worst = _worst(config, dataset, judged, measured)
     page = evaluation_page(dataset, measured, run.results, reliability, diagnostics, worst)
     run.folder.write(PAGE, page.encode())
     run.results["page"] = run.folder.uri_of(PAGE)
-    run.outputs = [PER_IMAGE, CONFUSION, DIAGNOSTICS, PAGE, *(f"{OVERLAYS}/{n:03d}.jpg" for n in measured.pictures)]
+    run.outputs = [PER_IMAGE, CONFUSION, DIAGNOSTICS, UNJUDGED, PAGE]
+    run.outputs += [f"{OVERLAYS}/{n:03d}.jpg" for n in measured.pictures]
     if mlflow_run is not None:
         _log(recipe, mlflow_run, run.results, page)
+
+
+def _about(judged: FetchedModel | Predictions, config: EvaluateConfig) -> dict[str, Any]:
+    """What was judged and in which way."""
+    if isinstance(judged, Predictions):
+        made_by = {"model": judged.version, "model_digest": judged.model_digest}
+        return made_by | {"predictions": judged.folder.uri, "corruptions": "none"}
+    ways = config.model_dump(mode="json", include={*SEGMENTING, "corruptions"})
+    return {"model": judged.uri, "model_digest": judged.digest, "predictions": None} | ways
 
 
 def _log(recipe: Recipe, mlflow_run: str, results: Mapping[str, Any], page: str) -> None:
@@ -145,14 +192,15 @@ def _log(recipe: Recipe, mlflow_run: str, results: Mapping[str, Any], page: str)
 
 
 def _worst(
-    config: EvaluateConfig, dataset: Dataset, model: FetchedModel, measured: Measured
+    config: EvaluateConfig, dataset: Dataset, judged: FetchedModel | Predictions, measured: Measured
 ) -> list[tuple[str, float, bytes]]:
     """Key, mIoU and picture of the images with the lowest mIoU."""
     mious = np.array([scores_from_counts(*image).miou for image in measured.counts])
     order = np.argsort(np.where(np.isnan(mious), np.inf, mious), kind="stable")[: 2 * config.overlays]
     starts = dataset.split(config.split).starts
-    groups = {measured.keys[i]: int(np.searchsorted(starts, i, side="right")) - 1 for i in order.tolist()}
-    pictures = drawn(config, dataset, model, groups)
+    numbers = {measured.keys[i]: measured.numbers[i] for i in order.tolist()}
+    groups = {key: int(np.searchsorted(starts, number, side="right")) - 1 for key, number in numbers.items()}
+    pictures = drawn(config, dataset, judged, groups)
     return [(measured.keys[i], float(mious[i]), pictures[measured.keys[i]]) for i in order.tolist()]
 
 
@@ -195,11 +243,10 @@ def _check_classes(dataset: Dataset, model: FetchedModel) -> None:
 
 
 def _write_per_image(run: StageRun, keys: list[str], counts: Counts, boundary: NDArray[np.int64]) -> None:
-    out = io.BytesIO()
     columns = {name: counts[name] for name in COUNTS}
     columns |= {"boundary_intersection": boundary[:, 0], "boundary_union": boundary[:, 1]}
-    pq.write_table(pa.table({"key": keys} | {name: [row.tolist() for row in v] for name, v in columns.items()}), out)
-    run.folder.write(PER_IMAGE, out.getvalue())
+    table = pa.table({"key": keys} | {name: [row.tolist() for row in v] for name, v in columns.items()})
+    run.folder.write(PER_IMAGE, _parquet(table))
 
 
 def _write_confusion(run: StageRun, measured: Measured, names: list[str]) -> None:
@@ -210,9 +257,13 @@ def _write_confusion(run: StageRun, measured: Measured, names: list[str]) -> Non
         for (name, severity), matrix in measured.confusion.items()
         for label, counts in zip(names, matrix, strict=True)
     ]
+    run.folder.write(CONFUSION, _parquet(pa.Table.from_pylist(rows)))
+
+
+def _parquet(table: pa.Table) -> bytes:
     out = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), out)
-    run.folder.write(CONFUSION, out.getvalue())
+    pq.write_table(table, out)
+    return out.getvalue()
 
 
 def _by_class(dataset: Dataset, values: NDArray[np.float64]) -> dict[str, float | None]:

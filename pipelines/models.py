@@ -48,18 +48,19 @@ class FetchedModel:
 def fetch_model(uri: str, config: TrackingConfig) -> Iterator[FetchedModel]:
     """Download a model for the time of the block. An alias is resolved once, here.
 
-    Raises UsageError for a URI that cannot be understood and RepsepError for a model that is not there.
+    Raises UsageError for a URI that cannot be understood and RepsepError for a model that is not there, or of which a
+    file is not the one that was registered.
     """
     with tempfile.TemporaryDirectory(prefix="repsep-model-") as temporary:
         directory = Path(temporary) / "segmentor"  # MLflow names the artifact after the folder
         directory.mkdir()
-        version = uri
+        version, registered = uri, None
         if uri.startswith("models:"):
             found = REGISTERED.match(uri)
             if found is None:
                 raise UsageError(f"{uri}: write models:/name@alias or models:/name/version")
             name, alias, number = found.groups()
-            version = tracking.download_registered(config, name, alias=alias, version=number, to=directory)
+            version, registered = tracking.download_registered(config, name, alias=alias, version=number, to=directory)
             uri = f"models:/{version}"
         else:
             folder = Folder(uri)
@@ -71,7 +72,11 @@ def fetch_model(uri: str, config: TrackingConfig) -> Iterator[FetchedModel]:
                         "training or save_segmentor wrote"
                     )
                 (directory / file).write_bytes(data)
-        yield FetchedModel(directory, uri, version, digest_of_files({f: (directory / f).read_bytes() for f in FILES}))
+        present = {f: (directory / f).read_bytes() for f in FILES if (directory / f).is_file()}
+        digest = digest_of_files(present)
+        if (registered is not None and digest != registered) or len(present) < len(FILES):
+            raise RepsepError(f"the files of {uri} are not those that were registered. {tracking.REPLACE}")
+        yield FetchedModel(directory, uri, version, digest)
 
 
 def digest_of_files(files: Mapping[str, bytes]) -> str:

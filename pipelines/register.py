@@ -22,6 +22,7 @@ from mlflow.types.schema import Array, Object, Property
 import repsep_model
 from pipelines import tracking
 from pipelines.config import EvaluateConfig, Recipe
+from pipelines.dataset import open_dataset
 from pipelines.errors import RepsepError, UsageError
 from pipelines.evaluate import evaluate, read_counts
 from pipelines.evaluation.measures import SEGMENTING
@@ -52,6 +53,11 @@ def register(workspace: str, recipe: Recipe) -> Receipt:
     """Run the stage on the latest evaluation."""
     config = recipe.register_
     evaluation = latest_receipt(workspace, "evaluate")
+    if evaluation.results.get("predictions") is not None:
+        raise UsageError(
+            f"the latest evaluation judged the masks {evaluation.results['predictions']} and no model; run "
+            "`repsep evaluate` without evaluate.predictions, then register"
+        )
     champion = _champion(recipe, config.name)
     if champion is not None and champion.tags.get("repsep.evaluation") == evaluation.digest:
         # This very evaluation won: say so again, not that it cannot beat itself.
@@ -86,7 +92,7 @@ def _register(
     version, run_id = (str(known.version), known.run_id) if known else _new_version(client, recipe, evaluation, model)
     tags = {
         "repsep.reason": decision.reason,
-        "repsep.model_digest": model.digest,
+        tracking.DIGEST_TAG: model.digest,
         "repsep.evaluation_uri": evaluation.uri,
         "repsep.dataset_split": evaluation.results["evaluation"],
         "repsep.replaced": _replaced(known, champion),
@@ -159,11 +165,17 @@ def _decide(workspace: str, recipe: Recipe, evaluation: Receipt, model: FetchedM
                 f"the champion {uri} has other classes ({', '.join(c['name'] for c in theirs)}) than this model "
                 f"({', '.join(c['name'] for c in ours)}); register it under another name: --set register.name=..."
             )
+    dataset, split = evaluation.results["dataset"], evaluation.results["split"]
+    if open_dataset(dataset).split_digest(split) != evaluation.results["evaluation"]:
+        raise UsageError(
+            f"the split {split} of {dataset} has changed since this model was evaluated on it: the champion cannot be "
+            "judged on the same images. Run `repsep evaluate` again"
+        )
     # Cached when the champion has been evaluated on these images and in this way before, otherwise done now.
     section = EvaluateConfig(
         model=uri,
-        dataset=evaluation.results["dataset"],
-        split=evaluation.results["split"],
+        dataset=dataset,
+        split=split,
         overlays=recipe.evaluate.overlays,
         **{name: evaluation.results[name] for name in (*SEGMENTING, "corruptions")},
     )

@@ -39,6 +39,11 @@ REFUSALS = (400, 404)
 """HTTP statuses of those errors that stay the same however often one asks: a wrong value, a run that is not there."""
 
 
+DIGEST_TAG = "repsep.model_digest"
+"""Of a registered version: the digest of its files, by which damage is found."""
+REPLACE = "Put them back, or make another version champion: `repsep models rollback`, `repsep models promote`"
+
+
 class RefusedError(RepsepError):
     """MLflow answered and will not have it: trying again is of no use."""
 
@@ -289,16 +294,27 @@ def registered_version(
         ) from error
 
 
-def download_registered(config: TrackingConfig, name: str, *, alias: str | None, version: str | None, to: Path) -> str:
-    """Download a registered model's segmentor files into `to`; returns `name/version`."""
+def download_registered(
+    config: TrackingConfig, name: str, *, alias: str | None, version: str | None, to: Path
+) -> tuple[str, str | None]:
+    """Download a registered model's segmentor files into `to`; returns `name/version` and the digest it should have.
+
+    Raises RepsepError where the version's files are gone or cannot be read.
+    """
     found = registered_version(config, name, alias=alias, version=version)
     uri = tracking_uri(config)
     client = client_for(uri)
     source = client.get_model_version_download_uri(name, found.version)
     with tempfile.TemporaryDirectory() as temporary:
-        local = Path(
-            download_artifacts(artifact_uri=f"{source}/artifacts/segmentor", dst_path=temporary, tracking_uri=uri)
-        )
+        try:
+            local = Path(
+                download_artifacts(artifact_uri=f"{source}/artifacts/segmentor", dst_path=temporary, tracking_uri=uri)
+            )
+        except Exception as error:  # of MLflow, or of the client of whatever store holds the artifacts
+            raise RepsepError(
+                f"models:/{name}/{found.version} is registered at {shown(uri)}, but its files cannot be read: "
+                f"{shown(str(error))}. {REPLACE}"
+            ) from None
         for file in local.iterdir():
             (to / file.name).write_bytes(file.read_bytes())
-    return f"{name}/{found.version}"
+    return f"{name}/{found.version}", found.tags.get(DIGEST_TAG)

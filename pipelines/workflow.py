@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from pipelines.config import Recipe
+from pipelines.errors import UsageError
 from pipelines.stage import Receipt, WouldRunError, planning
 from pipelines.storage import absolute_uri, home
 
@@ -27,6 +29,11 @@ def run_workflow(recipe: Recipe) -> Iterator[Receipt]:
     from pipelines.sweep import best_train, sweep
     from pipelines.train import train
 
+    if recipe.evaluate.predictions is not None:
+        raise UsageError(
+            "evaluate.predictions judges masks, from which no model can be registered; leave it out of a workflow's "
+            "recipe and run `repsep evaluate --set evaluate.predictions=...` by itself"
+        )
     workspace = workspace_of(recipe)
     done = []
 
@@ -80,7 +87,8 @@ def describe(receipt: Receipt) -> list[str]:
         ),
         "sweep": lambda: f"{r['trials']} trials, best mIoU {r['best_miou']:.4f} ({r['best']})",
         "evaluate": lambda: (
-            f"mIoU {r['miou']:.4f} on {r['split']} ({r['images']} images); per-position prior {r['prior_miou']:.4f}"
+            f"mIoU {r['miou']:.4f} on {r['split']} ({r['images']} images{_unjudged(r)}); "
+            f"per-position prior {r['prior_miou']:.4f}"
         ),
         "register": lambda: f"{r['name']} version {r['version']} is {r['alias']}: {r['reason']}",
         "segment": lambda: (
@@ -100,3 +108,7 @@ def describe(receipt: Receipt) -> list[str]:
     }
     key = where[receipt.stage]
     return [f"{receipt.stage:9} {state}: {told[receipt.stage]()}", f"{'':9} -> {r[key] if key else receipt.uri}"]
+
+
+def _unjudged(results: Mapping[str, Any]) -> str:
+    return "".join(f", {count} {kind}" for kind, count in results["unjudged"].items())

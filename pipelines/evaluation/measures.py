@@ -38,11 +38,22 @@ ARRAYS = ("counts", "boundary", "calibration", "confidence")
 Counts = NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Unjudged:
+    """An image of the split that no figure counts."""
+
+    key: str
+    kind: str
+    reason: str
+
+
 @dataclass
 class Measured:
     """Of some images that follow each other in the split, of which `first` is the number of the first one."""
 
     first: int
+    numbers: list[int]
+    """Of each image, in the split."""
     keys: list[str]
     counts: Counts
     """(n, 3, K): intersection, predicted and labelled pixels of each image."""
@@ -56,6 +67,7 @@ class Measured:
     """(K, K) for the images as they are (`CLEAN`) and for each point of the corruption grid."""
     diagnostics: list[dict[str, dict[str, float]]] = field(default_factory=list)
     pictures: dict[int, bytes] = field(default_factory=dict)
+    unjudged: list[Unjudged] = field(default_factory=list)
 
     def to_bytes(self) -> bytes:
         """For the way through Ray Data: arrays without pickle, confusions by their places that are not 0."""
@@ -65,7 +77,8 @@ class Measured:
             arrays[f"confusion/{name}/{severity}"] = np.stack([places, counts.ravel()[places]])
         for number, picture in self.pictures.items():
             arrays[f"picture/{number}"] = np.frombuffer(picture, np.uint8)
-        about = {"first": self.first, "keys": self.keys, "diagnostics": self.diagnostics}
+        about = {name: getattr(self, name) for name in ("first", "numbers", "keys", "diagnostics")}
+        about["unjudged"] = [asdict(image) for image in self.unjudged]
         arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
         out = io.BytesIO()
         np.savez(out, allow_pickle=False, **arrays)
@@ -87,6 +100,7 @@ class Measured:
                     confusion[name, int(severity)] = counts.reshape(classes, classes)
                 elif kind == "picture":
                     pictures[int(rest)] = arrays[key].tobytes()
+            about["unjudged"] = [Unjudged(**image) for image in about["unjudged"]]
             plain = {name: arrays[name] for name in ARRAYS}
         return cls(**about, **plain, confusion=confusion, pictures=pictures)
 
@@ -97,6 +111,7 @@ def together(parts: Sequence[Measured]) -> Measured:
     confusion = {point: np.sum([part.confusion[point] for part in parts], axis=0) for point in parts[0].confusion}
     return Measured(
         0,
+        [number for part in parts for number in part.numbers],
         [key for part in parts for key in part.keys],
         np.concatenate([part.counts for part in parts]),
         np.concatenate([part.boundary for part in parts]),
@@ -105,6 +120,7 @@ def together(parts: Sequence[Measured]) -> Measured:
         confusion,
         [report for part in parts for report in part.diagnostics],
         {number: picture for part in parts for number, picture in part.pictures.items()},
+        [image for part in parts for image in part.unjudged],
     )
 
 
@@ -116,8 +132,50 @@ def mean_diagnostics(reports: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict
     return {name: asdict(measures) for name, measures in mean_report(every).maps.items()}
 
 
+class Counted:
+    """Images of the split added one by one, from the number `first` on."""
+
+    def __init__(self, first: int, num_classes: int, grid: Grid = ()) -> None:
+        self.first, self.num_classes = first, num_classes
+        self.numbers: list[int] = []
+        self.keys: list[str] = []
+        self.counts: list[Counts] = []
+        self.boundary: list[Counts] = []
+        self.calibration = Calibration()
+        self.confusion = {point: ConfusionMatrix(num_classes) for point in (CLEAN, *grid)}
+        self.diagnostics: list[dict[str, dict[str, float]]] = []
+        self.pictures: dict[int, bytes] = {}
+        self.unjudged: list[Unjudged] = []
+
+    def add(self, number: int, key: str, mask: UInt8, predicted: UInt8) -> None:
+        """What masks alone say of an image."""
+        labels, guess = torch.from_numpy(mask), torch.from_numpy(predicted)
+        self.confusion[CLEAN].update(labels, guess)
+        edges = BoundaryCounts(self.num_classes)
+        edges.update(labels, guess)
+        self.numbers.append(number)
+        self.keys.append(key)
+        self.counts.append(image_counts(predicted, mask, self.num_classes))
+        self.boundary.append(edges.counts.numpy())
+
+    def measured(self) -> Measured:
+        return Measured(
+            self.first,
+            self.numbers,
+            self.keys,
+            np.array(self.counts, np.int64).reshape(-1, 3, self.num_classes),
+            np.array(self.boundary, np.int64).reshape(-1, 2, self.num_classes),
+            self.calibration.counts.numpy(),
+            self.calibration.confidence.numpy(),
+            {point: matrix.counts.numpy() for point, matrix in self.confusion.items()},
+            self.diagnostics,
+            self.pictures,
+            self.unjudged,
+        )
+
+
 class Judge:
-    """Measures row groups of a split; knows nothing of Ray."""
+    """Measures row groups of a split by a model; knows nothing of Ray."""
 
     def __init__(self, model: Segmentor, dataset: Dataset, config: EvaluateConfig) -> None:
         self.model, self.config, self.dataset = model, config, dataset
@@ -126,44 +184,23 @@ class Judge:
         self.segmenting: dict[str, Any] = config.model_dump(include=set(SEGMENTING))
 
     def __call__(self, group: int) -> Measured:
-        table, classes = self.split.read(group), self.dataset.num_classes
-        first = int(self.split.starts[group])
-        confusion = {point: ConfusionMatrix(classes) for point in (CLEAN, *self.grid)}
-        calibration = Calibration()
-        keys, counts, boundary = [], [], []
-        diagnostics: list[dict[str, dict[str, float]]] = []
-        pictures = {}
+        table, first = self.split.read(group), int(self.split.starts[group])
+        counted = Counted(first, self.dataset.num_classes, self.grid)
         for number, row in enumerate(self.split.rows(group).tolist(), first):
             key = table["key"][row].as_py()
             image, mask = decode_image(table["image"][row].as_py()), decode_mask(table["mask"][row].as_py())
             labels, found = torch.from_numpy(mask), segment_image(self.model, image, **self.segmenting)
-            predicted = torch.from_numpy(found.labels)
-            confusion[CLEAN].update(labels, predicted)
-            calibration.update(labels, predicted, torch.from_numpy(found.confidence))
-            edges = BoundaryCounts(classes)
-            edges.update(labels, predicted)
-            keys.append(key)
-            counts.append(image_counts(found.labels, mask, classes))
-            boundary.append(edges.counts.numpy())
+            counted.add(number, key, mask, found.labels)
+            counted.calibration.update(labels, torch.from_numpy(found.labels), torch.from_numpy(found.confidence))
             for name, severity in self.grid:
                 spoilt = corrupt(image, name, severity, corruption_rng(key, name, severity))
                 labels_there = segment_image(self.model, spoilt, **self.segmenting).labels
-                confusion[name, severity].update(labels, torch.from_numpy(labels_there))
-            if _among(number, len(self.split), DIAGNOSED):
-                diagnostics.append(self._diagnosed(image, labels))
-            if _among(number, len(self.split), self.config.overlays):
-                pictures[number] = encoded(triptych((image, mask, found.labels), self.dataset.colours), "JPEG")
-        return Measured(
-            first,
-            keys,
-            np.stack(counts),
-            np.stack(boundary),
-            calibration.counts.numpy(),
-            calibration.confidence.numpy(),
-            {point: matrix.counts.numpy() for point, matrix in confusion.items()},
-            diagnostics,
-            pictures,
-        )
+                counted.confusion[name, severity].update(labels, torch.from_numpy(labels_there))
+            if is_among(number, len(self.split), DIAGNOSED):
+                counted.diagnostics.append(self._diagnosed(image, labels))
+            if is_among(number, len(self.split), self.config.overlays):
+                counted.pictures[number] = encoded(triptych((image, mask, found.labels), self.dataset.colours), "JPEG")
+        return counted.measured()
 
     def picture(self, key: str, group: int) -> bytes:
         """Image, labels and prediction of one image."""
@@ -186,7 +223,7 @@ def image_counts(predicted: UInt8, mask: UInt8, num_classes: int) -> Counts:
     return np.stack([right, np.bincount(predicted, minlength=num_classes), np.bincount(mask, minlength=num_classes)])
 
 
-def _among(number: int, total: int, wanted: int) -> bool:
+def is_among(number: int, total: int, wanted: int) -> bool:
     """Whether an image is one of `wanted` that are spread over all."""
     every = max(1, total // wanted) if wanted else 0
     return bool(every) and number % every == 0 and number // every < wanted

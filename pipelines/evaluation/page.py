@@ -17,6 +17,7 @@ from repsep_model.metrics import Reliability, scores_from_counts
 
 NAMED_CLASSES = 40
 """With more the names of a confusion matrix would not be legible."""
+UNJUDGED_SHOWN = 50
 SHOWN_MEASURES = {
     "similarity": "cosine between locations (1: over-smooth)",
     "effective_rank": "effective rank",
@@ -29,7 +30,7 @@ def evaluation_page(
     dataset: Dataset,
     measured: Measured,
     results: Mapping[str, Any],
-    reliability: Reliability,
+    reliability: Reliability | None,
     diagnostics: Mapping[str, Mapping[str, Any]],
     worst: Sequence[tuple[str, float, bytes]],
 ) -> str:
@@ -45,9 +46,10 @@ def evaluation_page(
         results=results,
         classes=classes,
         confusion=_png(confusion_figure(measured.confusion[CLEAN], names)),
-        calibration=_png(calibration_figure(reliability)),
+        calibration=_png(calibration_figure(reliability)) if reliability is not None else None,
         corruptions=_png(corruption_figure(measured, results["miou"])) if len(measured.confusion) > 1 else None,
         separation=_png(separation_figure(diagnostics)) if diagnostics else None,
+        unjudged=measured.unjudged[:UNJUDGED_SHOWN],
         worst=[{"key": key, "miou": miou, "picture": data_uri(picture, "jpeg")} for key, miou, picture in worst],
     )
 

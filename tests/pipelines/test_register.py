@@ -6,6 +6,7 @@ Shapes: K classes.
 from __future__ import annotations
 
 import base64
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from jobs.cli import repsep
 from pipelines import evaluate as evaluation_stage
 from pipelines import registry
-from pipelines.config import EvaluateConfig, Recipe, RegisterConfig, TrackingConfig
+from pipelines.config import EvaluateConfig, Recipe, RegisterConfig, SegmentConfig, TrackingConfig
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import RepsepError, UsageError
 from pipelines.evaluate import COUNTS, Counts, evaluate
@@ -31,6 +32,7 @@ from pipelines.gate import absolute_checks, compare, first, paired_bootstrap
 from pipelines.models import fetch_model, load_files
 from pipelines.prepare import prepare
 from pipelines.register import register
+from pipelines.segment import segment
 from pipelines.stage import Receipt
 from pipelines.tracking import client_for, tracking_uri
 from repsep_model.checkpoint import save_segmentor
@@ -67,6 +69,7 @@ def measured_of(counts: Counts) -> Measured:
     matrix = np.diag(counts["intersection"].sum(axis=0))
     return Measured(
         0,
+        list(range(images)),
         [f"{i}.jpg" for i in range(images)],
         np.stack([counts[name] for name in COUNTS], axis=1),
         np.ones((images, 2, K), np.int64),
@@ -457,6 +460,89 @@ def test_a_model_that_changed_since_it_was_evaluated_is_refused(
         register(str(recipe.workspace), recipe)
 
 
+def test_a_challenger_is_not_compared_on_images_that_have_changed_since(
+    registered: Callable[[str], Receipt],
+    evaluated: Callable[[str], Receipt],
+    recipe: Recipe,
+    dataset: Dataset,
+    client: MlflowClient,
+    judged: list[str],
+    tmp_path: Path,
+) -> None:
+    copy = tmp_path / "dataset"
+    shutil.copytree(dataset.folder.path, copy)
+    registered("first")
+    moved = recipe.evaluate.model_copy(update={"dataset": str(copy), "model": evaluated("better").results["model"]})
+    evaluate(str(recipe.workspace), recipe.model_copy(update={"evaluate": moved.model_copy(update={"flip": True})}))
+    judged.clear()
+    manifest = json.loads((copy / "dataset.json").read_text())
+    manifest["splits"]["val"]["digest"] = "another"
+    (copy / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match=r"the split val of .*dataset has changed since this model was evaluated"):
+        register(str(recipe.workspace), recipe)
+    assert judged == []
+    assert version_of(client, "champion") == "1"
+
+
+def files_of(client: MlflowClient, version: str) -> Path:
+    """Where the version's segmentor lies on this disk."""
+    source = client.get_model_version("streets", version).source
+    return Path(source.removeprefix("file://")) / "artifacts" / "segmentor"
+
+
+def gone(directory: Path) -> None:
+    shutil.rmtree(directory)
+
+
+def cut(directory: Path) -> None:
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+
+
+def flipped(directory: Path) -> None:
+    weights = directory / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def half_gone(directory: Path) -> None:
+    (directory / "classes.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [gone, cut, flipped, half_gone])
+def test_a_champion_whose_files_are_damaged_is_refused_before_any_work_and_can_be_rolled_back(
+    damage: Callable[[Path], None],
+    registered: Callable[[str], Receipt],
+    evaluated: Callable[[str], Receipt],
+    recipe: Recipe,
+    client: MlflowClient,
+    judged: list[str],
+    tmp_path: Path,
+) -> None:
+    for name in ("first", "better"):
+        registered(name)
+    evaluated("worse")
+    damage(files_of(client, "2"))
+    judged.clear()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(encoded(picture(0)))
+    section = SegmentConfig(source=str(tmp_path / "photos"), target=str(tmp_path / "out"))
+    todo = (
+        lambda: register(str(recipe.workspace), recipe),
+        lambda: segment(str(recipe.workspace), recipe.model_copy(update={"segment": section})),
+        lambda: registry.promote(recipe, "2", "a slip"),
+    )
+    for work in todo:
+        with pytest.raises(RepsepError, match="repsep models rollback") as caught:
+            work()
+        assert "models:/streets/2" in str(caught.value)
+    assert judged == []
+    assert not (tmp_path / "out").exists()
+    assert len(client.search_model_versions("name = 'streets'")) == 2
+    assert registry.roll_back(recipe) == "1"
+    assert register(str(recipe.workspace), recipe).results["alias"] == "challenger"
+
+
 def test_a_registry_that_does_not_answer_crowns_nobody(
     registered: Callable[[str], Receipt], client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -587,6 +673,17 @@ def test_evaluations_of_another_kind_are_not_compared(
     evaluate(str(recipe.workspace), recipe.model_copy(update={"evaluate": config}))
     register(str(recipe.workspace), recipe)
     with pytest.raises(UsageError, match=r"versions 2 and 1 were evaluated differently \(flip: True, False\)"):
+        registry.compare_versions(recipe, "2", "1")
+
+
+def test_evaluations_on_other_images_are_not_compared(
+    registered: Callable[[str], Receipt], recipe: Recipe, models: dict[str, Path]
+) -> None:
+    registered("first")
+    config = recipe.evaluate.model_copy(update={"model": str(models["better"]), "split": "train"})
+    evaluate(str(recipe.workspace), recipe.model_copy(update={"evaluate": config}))
+    register(str(recipe.workspace), recipe)
+    with pytest.raises(UsageError, match=r"versions 2 and 1 were evaluated differently \(evaluation: "):
         registry.compare_versions(recipe, "2", "1")
 
 
