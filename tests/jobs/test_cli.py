@@ -136,6 +136,47 @@ def test_json_prints_one_object_on_stdout(
     assert json.loads(run(capfd, monkeypatch, "prepare", "--json", *given)[1])["cached"]
 
 
+def recipe_file(folder: Path, source: Path) -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(json.dumps({"workspace": str(folder / "work"), "prepare": {"source": str(source)}}))
+    return file
+
+
+@pytest.mark.parametrize(
+    "arguments", [["workflow"], ["workflow", "--plan"], ["workflow", "--plan", "--verify"], ["prepare"]]
+)
+def test_an_altered_receipt_stops_what_would_rest_on_it(
+    arguments: list[str],
+    scenes: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = ("--config", str(recipe_file(tmp_path, scenes)))
+    assert run(capfd, monkeypatch, "prepare", *given)[0] == 0
+    (file,) = tmp_path.glob("work/prepare/*/_SUCCESS.json")
+    file.write_text(file.read_text().replace('"train": 24', '"train": 25'))
+    code, _, err = run(capfd, monkeypatch, *arguments, *given)
+    assert code == 1
+    assert f"{file} does not match its own digest; delete that folder to run the stage again" in err
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["prepare"], "no later stage was begun"
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_shard_of_the_same_size_that_was_altered_is_found_by_verify_alone(
+    verify: bool, scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("--config", str(recipe_file(tmp_path, scenes)))
+    assert run(capfd, monkeypatch, "prepare", *given)[0] == 0
+    (shard,) = tmp_path.glob("work/prepare/*/dataset/val/part-00000.parquet")
+    data = shard.read_bytes()
+    shard.write_bytes(data[:1000] + bytes([data[1000] ^ 1]) + data[1001:])
+    code, out, _ = run(capfd, monkeypatch, "workflow", "--plan", *(["--verify"] if verify else []), *given)
+    assert code == 0
+    expected = "runs: changed or missing: dataset/val/part-00000.parquet" if verify else "cached: "
+    assert expected in out.splitlines()[0]
+
+
 @pytest.mark.parametrize("name", [*cli.COMMANDS])
 def test_every_job_file_runs_alone(name: str) -> None:
     file = ROOT / "jobs" / f"{name}.py"

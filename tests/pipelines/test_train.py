@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,17 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from pipelines.config import Recipe
+from pipelines import cluster
+from pipelines.config import Recipe, SweepConfig, TrackingConfig
 from pipelines.dataset import open_dataset
 from pipelines.errors import RepsepError, UsageError
 from pipelines.prepare import prepare
 from pipelines.stage import Receipt
 from pipelines.storage import Folder
+from pipelines.sweep import sweep
 from pipelines.train import train
 from repsep_model.checkpoint import load_segmentor
+from tests.ports import free_ports
 from tests.processes import descendants
 
 pytestmark = pytest.mark.ray
@@ -121,6 +125,26 @@ def test_an_unknown_backbone_is_refused_before_a_cluster_is_asked_for(
     model = recipe.train.model.model_copy(update={"backbone": "vit_teeny_patch16_224"})
     with pytest.raises(UsageError, match="vit_teeny_patch16_224"):
         train(str(tmp_path), changed(recipe, model=model, dataset=prepared.results["dataset"]))
+
+
+@pytest.mark.parametrize("stage", [train, sweep])
+def test_where_mlflow_is_away_nothing_is_begun(
+    stage: Callable[[str, Recipe], Receipt],
+    recipe: Recipe,
+    prepared: Receipt,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(cluster, "connect", lambda **_: pytest.fail("a cluster was asked for"))
+    away = TrackingConfig(uri=f"http://127.0.0.1:{free_ports(1)[0]}")
+    dataset = prepared.results["dataset"]
+    asked = changed(recipe, dataset=dataset).model_copy(
+        update={"tracking": away, "sweep": SweepConfig.model_validate({"dataset": dataset})}
+    )
+    with pytest.raises(RepsepError, match=r"MLflow at http://127.0.0.1:\d+ cannot be used"):
+        stage(str(tmp_path), asked)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "neither a start nor a lease is left"
 
 
 def test_training_without_a_dataset_says_what_to_run_first(recipe: Recipe, tmp_path: Path) -> None:
