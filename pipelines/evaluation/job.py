@@ -34,6 +34,8 @@ def measure(config: EvaluateConfig, dataset: Dataset, judged: FetchedModel | Pre
     """All images of the split. Raises RepsepError if some did not come through."""
     cluster.connect(dashboard=False)
     cluster.refuse_local(dataset.folder.uri, "the dataset")
+    if isinstance(judged, Predictions):
+        cluster.refuse_local(judged.folder.uri, "evaluate.predictions")
     split = dataset.split(config.split)
     make, found = _maker(config, dataset, judged), dict[int, Measured]()
     gpu = isinstance(judged, FetchedModel) and cluster.has_gpu()
