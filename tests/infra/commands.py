@@ -1,4 +1,4 @@
-"""Command lines inside manifests, parsed by the command line interfaces that they are for; nothing is run.
+"""Command lines inside manifests and pages, parsed by the command line interfaces that they are for; nothing is run.
 
 A script is split into its simple commands. Programs of ours, of Ray and of MLflow go through their own click commands:
 an unknown option, a value of the wrong type or a missing argument raises. Of other programs the names are known, so
@@ -19,7 +19,11 @@ from jobs.cli import repsep
 from tests.infra.manifests import ROOT
 
 SEPARATORS = "();<>|&\n"
-OTHERS = ("[", "argo", "docker", "export", "kubectl", "mkdir", "openssl", "pg_isready", "set", "sleep", "umask", "wget")
+OTHERS = (
+    *(".", "[", "argo", "aws", "docker", "export", "helm", "kubectl", "mkdir", "nvidia-smi", "openssl", "pg_isready"),
+    *("pytest", "set", "sleep", "umask", "wget"),
+)
+VERBS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 SCRIPTS = "/etc/repsep/"
 """Where pods find the scripts of settings.yaml."""
 
@@ -61,14 +65,22 @@ def _closing(script: str, position: int) -> int:
 def parsed(words: Sequence[str]) -> list[click.Context]:
     """What click made of it: nothing of somebody else's program, two contexts where Ray is handed a command of ours."""
     program, *rest = words
+    if program.startswith("jobs/"):  # executable, with a shebang
+        program, rest = "python", list(words)
     if program in ("python", "python3"):
         if rest[0] == "-c":
             compile(rest[1], "python -c", "exec")
             return []
         folder, _, file = rest[0].rpartition("/")
-        if folder != "jobs" or not (ROOT / rest[0]).is_file():
-            raise UnknownProgramError(f"{rest[0]} is no file of jobs/")
+        if folder not in ("jobs", "benchmarks") or not (ROOT / rest[0]).is_file():
+            raise UnknownProgramError(f"{rest[0]} is no file of jobs/ or benchmarks/")
+        if folder == "benchmarks":
+            return []
         return [_parse(repsep, [file.removesuffix(".py"), *rest[1:]], "repsep")]
+    if program == "make":
+        if unknown := {word for word in rest if "=" not in word} - VERBS:
+            raise UnknownProgramError(f"make has no verb {', '.join(sorted(unknown))}")
+        return []
     if program == "bash":
         if not rest[0].startswith(SCRIPTS):
             raise UnknownProgramError(f"{rest[0]} is not among the scripts in {SCRIPTS}")
