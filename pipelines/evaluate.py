@@ -2,8 +2,10 @@
 
 per_image.parquet      counts of every image: registration compares two models by a paired bootstrap over them
 confusion.parquet      one confusion matrix for each corruption and severity
+calibration.json       pixels, right ones and the sum of their confidence in each bin of confidence
 diagnostics.json       how separate each map's representations are
 unjudged.parquet       images that no figure counts, each with its reason; of a model there are none
+worst/                 image, labels and prediction of the images with the lowest mIoU
 evaluation.html        a page of all of it, with the worst images
 
 Instead of a model an output of `repsep segment` may be judged (`evaluate.predictions`): then what needs confidences or
@@ -42,15 +44,16 @@ from repsep_model.robustness import retention
 PACKAGES = ("pipelines", "repsep_model")
 PRIOR_MASKS = 2000
 UNJUDGED_SHOWN = 5
-PER_IMAGE, CONFUSION, DIAGNOSTICS, UNJUDGED, PAGE = (
+PER_IMAGE, CONFUSION, CALIBRATION, DIAGNOSTICS, UNJUDGED, PAGE = (
     "per_image.parquet",
     "confusion.parquet",
+    "calibration.json",
     "diagnostics.json",
     "unjudged.parquet",
     "evaluation.html",
 )
 UNJUDGED_SCHEMA = pa.schema([("key", pa.string()), ("kind", pa.string()), ("reason", pa.string())])
-OVERLAYS = "overlays"
+OVERLAYS, WORST = "overlays", "worst"
 COUNTS = ("intersection", "predicted", "labelled")
 MEANS = ("miou", "macc", "aacc", "fwiou", "mdice")
 
@@ -134,6 +137,8 @@ def _evaluate(
     diagnostics = mean_diagnostics(measured.diagnostics)
     _write_per_image(run, measured.keys, counts, measured.boundary)
     _write_confusion(run, measured, dataset.class_names)
+    bins = {"pixels": pixels.tolist(), "right": right.tolist(), "confidence": measured.confidence.tolist()}
+    run.folder.write(CALIBRATION, json.dumps(bins, indent=1).encode())
     run.folder.write(DIAGNOSTICS, json.dumps(_without_nan(diagnostics), indent=1).encode())
     for number, picture in measured.pictures.items():
         run.folder.write(f"{OVERLAYS}/{number:03d}.jpg", picture)
@@ -160,11 +165,17 @@ def _evaluate(
     for image in measured.unjudged[:UNJUDGED_SHOWN]:
         say(f"evaluate: warning: {image.key} is not judged, {image.kind}: {image.reason}")
     worst = _worst(config, dataset, judged, measured)
+    for number, (_, _, picture) in enumerate(worst):
+        run.folder.write(f"{WORST}/{number:03d}.jpg", picture)
+    run.results["worst"] = [
+        {"key": key, "miou": _number(miou), "picture": f"{WORST}/{number:03d}.jpg"}
+        for number, (key, miou, _) in enumerate(worst)
+    ]
     page = evaluation_page(dataset, measured, run.results, reliability, diagnostics, worst)
     run.folder.write(PAGE, page.encode())
     run.results["page"] = run.folder.uri_of(PAGE)
-    run.outputs = [PER_IMAGE, CONFUSION, DIAGNOSTICS, UNJUDGED, PAGE]
-    run.outputs += [f"{OVERLAYS}/{n:03d}.jpg" for n in measured.pictures]
+    pictures = [*(f"{OVERLAYS}/{n:03d}.jpg" for n in measured.pictures), *(w["picture"] for w in run.results["worst"])]
+    run.outputs = [PER_IMAGE, CONFUSION, CALIBRATION, DIAGNOSTICS, UNJUDGED, PAGE, *pictures]
     if mlflow_run is not None:
         _log(recipe, mlflow_run, run.results, page)
 

@@ -79,7 +79,10 @@ def check_listing(source: Folder, keys: Sequence[str], config: PrepareConfig) ->
 
 
 def read_classes(source: Folder) -> dict[str, Any]:
-    """classes.json, checked: ids 0..K-1 in order, names, colours. Raises UsageError."""
+    """classes.json, checked: ids 0..K-1 in order, names, colours; the data's licence if it says one.
+
+    Raises UsageError.
+    """
     data = source.read_if_present("classes.json")
     if data is None:
         raise UsageError(
@@ -104,7 +107,8 @@ def read_classes(source: Folder) -> dict[str, Any]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"{uri}: two classes are called {twice[0]!r}; results go by name, rename one")
     name = str(found.get("name") or posixpath.basename(source.uri))
-    return {"name": name, "ignore_index": IGNORE_INDEX, "classes": classes}
+    licence = {"licence": str(found["licence"])} if found.get("licence") else {}
+    return {"name": name, "ignore_index": IGNORE_INDEX, "classes": classes} | licence
 
 
 def _native(config: PrepareConfig) -> NativeLayout | None:

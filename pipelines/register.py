@@ -119,6 +119,8 @@ def _register(
         "reason": decision.reason,
         "figures": {name: round(value, 6) for name, value in decision.figures.items()},
         "checks": [asdict(check) for check in decision.checks],
+        "classes": decision.classes,
+        "champion": tags["repsep.replaced"] if decision.classes else None,
         "page": run.folder.uri_of(GATE_PAGE),
         "mlflow_run": run_id,
     }

@@ -178,6 +178,7 @@ def _write(
     for name, trial in ((BEST, winner), (FOUND, best)):
         run.folder.write(name, recipe_with(trial, workspace, recipe, dataset.folder.uri))
     run.outputs = [TABLE, PLOT, PAGE, BEST, FOUND]
+    run.results["importances"] = [asdict(importance) for importance in found]
 
 
 def _log(logger: tracking.RunLogger, run: StageRun, best: Trial, winner: Trial, compared: Comparison | None) -> None:

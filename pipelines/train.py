@@ -177,6 +177,8 @@ def _fit(run: StageRun, recipe: Recipe, dataset: Dataset, source: FetchedModel |
         "best_step": metrics["best_step"],
         "parameters_millions": round(metrics["parameters"] / 1e6, 2),
         "images_per_s": round(metrics["images_per_s"], 2),
+        "data_wait_share": round(metrics["data_wait_share"], 4),
+        "workers": metrics["workers"],
         "train_seconds": round(time.monotonic() - began, 1),
     }
 

@@ -47,7 +47,9 @@ def evaluation_page(
         classes=classes,
         confusion=_png(confusion_figure(measured.confusion[CLEAN], names)),
         calibration=_png(calibration_figure(reliability)) if reliability is not None else None,
-        corruptions=_png(corruption_figure(measured, results["miou"])) if len(measured.confusion) > 1 else None,
+        corruptions=_png(corruption_figure(measured.confusion, results["miou"]))
+        if len(measured.confusion) > 1
+        else None,
         separation=_png(separation_figure(diagnostics)) if diagnostics else None,
         unjudged=measured.unjudged[:UNJUDGED_SHOWN],
         worst=[{"key": key, "miou": miou, "picture": data_uri(picture, "jpeg")} for key, miou, picture in worst],
@@ -97,12 +99,12 @@ def calibration_figure(found: Reliability) -> Figure:
     return figure
 
 
-def corruption_figure(measured: Measured, clean: float) -> Figure:
+def corruption_figure(confusion: Mapping[tuple[str, int], Any], clean: float) -> Figure:
     """mIoU over severity, a line for each corruption."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     lines: dict[str, dict[int, float]] = {}
-    for (name, severity), counts in measured.confusion.items():
+    for (name, severity), counts in confusion.items():
         if (name, severity) != CLEAN:
             lines.setdefault(name, {})[severity] = miou_of(counts)
     for number, (name, values) in enumerate(lines.items()):

@@ -159,6 +159,7 @@ class Worker:
         self.telemetry.validated(scores, step, kept)
         self.metrics = metrics | self.telemetry.rates() | {f"val/{n}": v for n, v in scores.means().items()}
         self.metrics |= {"step": step, "miou": scores.miou, "best_miou": self.best_miou, "best_step": self.best_step}
+        self.metrics["workers"] = self.group.world_size
         self.metrics["parameters"] = sum(p.numel() for p in self.state.raw.parameters())
         ray.train.report(self.metrics)
 
