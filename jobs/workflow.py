@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from pathlib import Path
 
 import click
 
@@ -31,7 +32,7 @@ def command(config: str | None, settings: tuple[str, ...], as_json: bool, plan: 
             for stage, what in plan_workflow(recipe):
                 click.echo(json.dumps({"stage": stage, "plan": what}) if as_json else f"{stage:9} {what}")
             return
-        for receipt in run_workflow(recipe):
+        for receipt in run_workflow(recipe, Path(config or "demo").stem):
             show(receipt, as_json)
             failed_images += receipt.results.get("failed_rows", 0)
     if failed_images:

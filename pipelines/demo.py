@@ -70,7 +70,7 @@ def run_demo(data: str | None, folder: str, settings: tuple[str, ...]) -> Iterat
         demo = Demo(iter(()), bucket_folder, tracking_uri(recipe.tracking))
 
         def receipts() -> Iterator[Receipt]:
-            for receipt in run_workflow(recipe):
+            for receipt in run_workflow(recipe, "demo"):
                 demo.page = receipt.results.get("page", demo.page)
                 yield receipt
 

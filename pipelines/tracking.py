@@ -35,6 +35,7 @@ from pipelines.progress import say
 from pipelines.storage import home, in_ray_job
 
 PARAM_BATCH, METRIC_BATCH = 100, 1000
+DESCRIPTION_LIMIT = 5000
 REFUSALS = (400, 404)
 """HTTP statuses of those errors that stay the same however often one asks: a wrong value, a run that is not there."""
 
@@ -229,6 +230,23 @@ def metric_history(config: TrackingConfig, run_id: str, name: str) -> list[tuple
     with answering(uri):
         found = client_for(uri).get_metric_history(run_id, name)
     return sorted({m.step: m.value for m in sorted(found, key=lambda m: m.timestamp)}.items())
+
+
+def metric_histories(config: TrackingConfig, run_id: str, wanted: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """The histories of those metrics that the run has; a name that ends with a slash stands for all below it."""
+    uri = tracking_uri(config)
+    with answering(uri):
+        known = sorted(client_for(uri).get_run(run_id).data.metrics)
+    names = [name for name in known if any(name == w or (w.endswith("/") and name.startswith(w)) for w in wanted)]
+    return {name: metric_history(config, run_id, name) for name in names}
+
+
+def describe_version(config: TrackingConfig, name: str, version: str, text: str) -> None:
+    """Set what the registry shows of a model version. Databases take `DESCRIPTION_LIMIT` characters and no more."""
+    assert len(text) <= DESCRIPTION_LIMIT
+    uri = tracking_uri(config)
+    with answering(uri):
+        client_for(uri).update_model_version(name, version, description=text)
 
 
 def child_run(config: TrackingConfig, parent: str, tag: str, value: str) -> str | None:

@@ -16,10 +16,11 @@ def workspace_of(recipe: Recipe) -> str:
     return absolute_uri(recipe.workspace) if recipe.workspace is not None else str(home() / "workspace")
 
 
-def run_workflow(recipe: Recipe) -> Iterator[Receipt]:
+def run_workflow(recipe: Recipe, name: str | None = None) -> Iterator[Receipt]:
     """Yields each stage's receipt as it is done: prepare, (sweep,) train, evaluate, register, (segment,) report.
 
-    With a `sweep` section the train section of its `best.yaml` stands in for the recipe's.
+    With a `sweep` section the train section of its `best.yaml` stands in for the recipe's. `name` is the recipe's, for
+    the report.
     """
     from pipelines.evaluate import evaluate
     from pipelines.prepare import prepare
@@ -43,7 +44,7 @@ def run_workflow(recipe: Recipe) -> Iterator[Receipt]:
 
     yield kept(prepare(workspace, recipe.prepare))
     if recipe.sweep is not None:
-        swept = sweep(workspace, recipe)
+        swept = kept(sweep(workspace, recipe))
         recipe = recipe.model_copy(update={"train": best_train(swept, recipe.train)})
         yield swept
     yield kept(train(workspace, recipe))
@@ -53,7 +54,7 @@ def run_workflow(recipe: Recipe) -> Iterator[Receipt]:
         bulk = segment(workspace, recipe)
         assert isinstance(bulk, Receipt)
         yield kept(bulk)
-    yield report(workspace, recipe, done)
+    yield report(workspace, recipe, done, name)
 
 
 def plan_workflow(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -95,7 +96,7 @@ def describe(receipt: Receipt) -> list[str]:
             f"{r['rows']} rows, {r['failed_rows']} failed; this run {r['ok']} ok, {r['failed']} failed, "
             f"{r['images_per_s']} images/s"
         ),
-        "report": lambda: f"a page with {r['overlays']} overlays of the bulk run",
+        "report": lambda: f"a page with {r['overlays']} overlays of the bulk run; the model card is beside it",
     }
     where = {
         "prepare": "dataset",

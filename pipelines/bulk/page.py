@@ -39,11 +39,11 @@ def write_page(
         report=report,
         kind=kind,
         left=_left(report),
-        duration=_duration(report["seconds"]),
-        rates=_rates(report["rates"]),
+        duration=duration(report["seconds"]),
+        rates=rate_bars(report["rates"]),
         found=found,
         totals=totals,
-        classes=_areas(names, totals),
+        classes=class_areas(names, totals),
         histogram=[(count, f"{count:,}" if count < 10_000 else f"{count / 1000:.0f}k") for count in found.histogram],
         pictures=sample_pictures(found, source, output.folder, [c["color"] for c in names], kind=kind, config=config),
     )
@@ -56,13 +56,13 @@ def _left(report: Mapping[str, Any]) -> int:
     return report["images"] - taken if report["input"] == "images" else 0
 
 
-def _rates(rates: Mapping[str, float | None]) -> list[Row]:
+def rate_bars(rates: Mapping[str, float | None]) -> list[Row]:
     known = {name: rates[step] for step, name in RATES.items() if step in rates}
     fastest = max((rate for rate in known.values() if rate), default=1.0)
     return [{"name": name, "rate": rate, "bar": (rate or 0) / fastest} for name, rate in known.items()]
 
 
-def _areas(classes: Sequence[Mapping[str, Any]], totals: Totals) -> list[Row]:
+def class_areas(classes: Sequence[Mapping[str, Any]], totals: Totals) -> list[Row]:
     """The classes by area: `share` of all labelled pixels, `bar` of the largest class, images in which each occurs."""
     everything, largest = max(1, sum(totals.pixels)), max([1, *totals.pixels])
     none = [0] * len(classes)  # totals of no images know of no classes
@@ -79,7 +79,7 @@ def _areas(classes: Sequence[Mapping[str, Any]], totals: Totals) -> list[Row]:
     return sorted(areas, key=lambda a: -a["share"])
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html.parser
 import io
+import json
 import random
 import tarfile
 from collections import Counter
@@ -20,8 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines import report
 from pipelines.bulk import pictures as pictures_module
+from pipelines.bulk.commits import CLASSES as CLASSES_FILE
 from pipelines.bulk.commits import PAGE, ROW_SCHEMA, Output
 from pipelines.bulk.page import write_page
 from pipelines.bulk.pictures import PICTURE_WIDTH, SHARDS_READ
@@ -41,8 +42,9 @@ from pipelines.bulk.survey import (
     survey,
     survey_of,
 )
-from pipelines.config import Recipe, SegmentConfig
+from pipelines.config import SegmentConfig
 from pipelines.errors import StorageError
+from pipelines.reporting.bulk_run import bulk_facts
 from pipelines.storage import Folder
 from repsep_model.images import UInt8, encode_mask, overlay
 
@@ -444,13 +446,18 @@ def test_few_shards_are_read_and_others_in_place_of_large_and_lost_ones(
     assert shown() == [shard for shard in after if shard != kept]
 
 
-def test_the_workflow_page_shows_the_same_pictures_and_failures(bulk: Bulk) -> None:
+def test_the_workflow_report_shows_the_same_pictures_and_failures(bulk: Bulk) -> None:
     for i in range(2 * SAMPLES):
         bulk.add(f"{i}.png", 100, 0)
     bulk.rows += [failed_row(f"bad/{i}.png", "decode", "the object is empty") for i in range(3)]
     page = bulk.page()
-    results = {"input": "images", "source": bulk.source.uri, "target": bulk.output.folder.uri}
-    receipt = SimpleNamespace(results=results)
-    samples, failures = report._bulk(receipt, Recipe(), SimpleNamespace(colours=COLOURS))  # type: ignore[arg-type]
-    assert [s["picture"] for s in samples] == [image["src"] for image in page.of("img")]
-    assert [(f["key"], f["error"]) for f in failures] == [(f"bad/{i}.png", "the object is empty") for i in range(3)]
+    bulk.output.folder.write(CLASSES_FILE, json.dumps(CLASSES).encode())
+    results = REPORT | {"source": bulk.source.uri, "target": bulk.output.folder.uri}
+    facts = bulk_facts(SimpleNamespace(results=results), SegmentConfig())  # type: ignore[arg-type]
+    assert [p["picture"] for p in facts["pictures"]] == [image["src"] for image in page.of("img")]
+    assert facts["reasons"] == [Reason("decode", "the object is empty", "bad/0.png", 3)]
+    assert [(a["name"], a["images"], a["share"]) for a in facts["areas"]] == [
+        ("a", 2 * SAMPLES, 1.0),
+        ("b", 0, 0.0),
+        ("c", 0, 0.0),
+    ]
