@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -62,6 +63,7 @@ def gather(recipe: Recipe, receipts: Sequence[Receipt], name: str | None) -> Row
         "title": " with ".join(part for part in (data and data["name"], train and train["backbone"]) if part)
         or "report",
         "model": f"{gate['name']} version {gate['version']}" if gate else train["backbone"] if train else "no model",
+        "registered": shlex.quote(f"models:/{gate['name']}/{gate['version']}") if gate else None,
         "sections": SECTIONS,
         "glance": _glance(data, train, evaluation, bulk),
         "data": data,

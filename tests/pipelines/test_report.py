@@ -318,6 +318,7 @@ def test_training_sweep_and_bulk_run_are_told_with_their_figures(page: Tags) -> 
         "+0.0123 best minus default, mIoU on val",
         "-0.010 to +0.035 95 % interval, 2 seeds",
         "w.patch 61 % 0.031 less is better",
+        "not with the model of this report",
         "1,200,000 images segmented in 2 h 05 min",
         "the bottleneck is the model",
         f"decode 1 the object is empty bad/{HOSTILE}.png",
@@ -482,6 +483,7 @@ def test_the_page_of_the_demo_is_without_fault_in_a_browser(scenes: Path, tmp_pa
     file = Path(done.stdout.split("report page:")[1].strip())
     text = Tags(file.read_text()).text
     assert [stage for stage, said in ABSENT.items() if said in text] == ["sweep"]
+    assert "Recipe demo" in text
     for width in (1280, 420):
         seen = look_at(file, width)
         assert seen.errors == seen.requests == seen.broken == []
