@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("repsep_model", "pipelines", "jobs")
-DATA = ("py.typed", "recipes/*.yaml", "templates/*.html")
+DATA = ("py.typed", "recipes/*.yaml", "templates/*.html", "templates/*.md")
 PATIENCE_S = 600
 
 
