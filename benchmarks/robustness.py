@@ -1,6 +1,6 @@
 """What of the mIoU is left on corrupted images? The full grid, 16 corruptions in 5 severities, of trained arms.
 
-    PYTHONPATH=. python benchmarks/robustness.py run --arms baseline,local,full --seed 100
+    PYTHONPATH=. python benchmarks/robustness.py run --arms baseline,local,full,upernet --seed 100
     PYTHONPATH=. python benchmarks/robustness.py show
 
 On one val image in `--every`; what is measured is not measured again. Needs the arms' weights, which `ablation.py run
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from typing import Any
@@ -26,33 +27,36 @@ from matplotlib.figure import Figure
 
 from benchmarks.evidence import data
 from benchmarks.evidence.arms import ALL, STUDIES
-from benchmarks.evidence.runs import RESULTS, Run, robustness, score, trained
+from benchmarks.evidence.runs import RESULTS, Run, by_class, corrupted, score, trained
 from repsep_model.corruptions import CATEGORIES, CORRUPTIONS, SEVERITIES
 from repsep_model.robustness import retention
 
 FILE, PLOT = RESULTS / "robustness.jsonl", RESULTS / "robustness.png"
 CLEAN = "clean"
+LEARNED = 0.3
 
 
 def measure(arm: str, seed: int, name: str, every: int) -> dict[str, Any]:
-    """The mIoU at the five severities of a corruption, or of the clean images."""
+    """mIoU and IoU by class at the five severities of a corruption, or of the clean images."""
     torch.set_num_threads(1)
     _, judged = data.read("camvid", "final")
     few = judged.every(every)
+    record = {"arm": arm, "seed": seed, "corruption": name, "images": len(few)}
     with ALL[arm].change():
         model = trained(Run(ALL[arm], seed, STUDIES["longer"]), len(judged.classes))
         if name == CLEAN:
-            found = {"0": score(model, few)["miou"]}
-        else:
-            grid = robustness(model, few, tuple((name, severity) for severity in SEVERITIES))["grid"]
-            found = {point.rpartition("/")[2]: value for point, value in grid.items()}
-    return {"arm": arm, "seed": seed, "corruption": name, "images": len(few), "miou": found}
+            found = score(model, few)
+            return record | {"miou": {"0": found["miou"]}, "iou": {"0": found["iou"]}}
+        grid = corrupted(model, few, tuple((name, severity) for severity in SEVERITIES))
+    miou = {str(severity): round(scores.miou, 5) for (_, severity), scores in grid.items()}
+    iou = {str(severity): by_class(judged.classes, scores) for (_, severity), scores in grid.items()}
+    return record | {"miou": miou, "iou": iou}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "show"])
-    parser.add_argument("--arms", default="baseline,local,full")
+    parser.add_argument("--arms", default="baseline,local,full,upernet")
     parser.add_argument("--seed", type=int, default=100)
     parser.add_argument("--every", type=int, default=4)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -60,6 +64,8 @@ def main() -> None:
     arms = options.arms.split(",")
     if options.action == "show":
         print(table(arms))
+        print(f"\nOnly {', '.join(learned(arms))}, which every arm knows (IoU of {LEARNED} or more on clean images):\n")
+        print(table(arms, learned(arms)))
         figure(arms).savefig(PLOT, dpi=120)
         return
     done = {(r["arm"], r["seed"], r["corruption"]) for r in _records()}
@@ -76,24 +82,29 @@ def _records() -> list[dict[str, Any]]:
     return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
 
 
-def _of(arm: str) -> tuple[float, dict[tuple[str, int], float]]:
-    """The clean mIoU, and that at each point of the grid that was measured."""
-    mine = [record for record in _records() if record["arm"] == arm]
-    clean = next(record["miou"]["0"] for record in mine if record["corruption"] == CLEAN)
-    points = {
-        (record["corruption"], int(severity)): value
-        for record in mine
-        if record["corruption"] != CLEAN
-        for severity, value in record["miou"].items()
-    }
-    return clean, points
+def _of(arm: str, classes: Sequence[str] = ()) -> tuple[float, dict[tuple[str, int], float]]:
+    """The clean mIoU, of these classes or of all, and that at each point of the grid; means over the seeds."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for record in _records():
+        if record["arm"] == arm:
+            for severity, iou in record["iou"].items():
+                here = found.setdefault((record["corruption"], int(severity)), [])
+                here.append(float(np.mean([iou[name] for name in classes or iou])))
+    points = {point: float(np.mean(seeds)) for point, seeds in found.items()}
+    return points.pop((CLEAN, 0)), points
 
 
-def table(arms: list[str]) -> str:
+def learned(arms: Sequence[str]) -> list[str]:
+    """The classes that every arm knows on clean images."""
+    cleans = [r["iou"]["0"] for r in _records() if r["corruption"] == CLEAN and r["arm"] in arms]
+    return [name for name in cleans[0] if all(iou[name] >= LEARNED for iou in cleans)]
+
+
+def table(arms: Sequence[str], classes: Sequence[str] = ()) -> str:
     """Markdown: retention by category; behind it the mean corrupted mIoU, which a lower clean mIoU cannot raise."""
     lines = ["| | clean mIoU | " + " | ".join(CATEGORIES) + " | overall | corrupted mIoU |", "|" + "---|" * 8]
     for arm in arms:
-        clean, points = _of(arm)
+        clean, points = _of(arm, classes)
         kept = retention(clean, points)
         cells = [f"{kept.categories[name]:.3f}" for name in CATEGORIES]
         mean = float(np.mean(list(points.values())))

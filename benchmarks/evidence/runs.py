@@ -27,7 +27,7 @@ from repsep_model import LossWeights, Segmentor, SegmentorConfig, build_segmento
 from repsep_model.corruptions import corrupt, corruption_rng
 from repsep_model.diagnostics import mean_report
 from repsep_model.inference import segment_image
-from repsep_model.metrics import BoundaryCounts, Calibration, ConfusionMatrix
+from repsep_model.metrics import BoundaryCounts, Calibration, ConfusionMatrix, Scores
 from repsep_model.optim import Ema, parameter_groups
 from repsep_model.robustness import FAST_GRID, Grid, retention
 from repsep_model.training import StepSettings, TrainState, train_step
@@ -241,8 +241,13 @@ def score(model: Any, samples: data.Samples, *, whole: bool = False) -> dict[str
         "aacc": scores.aacc,
         "boundary_miou": boundary.scores().miou,
         "ece": calibration.ece(),
-        "iou": dict(zip(samples.classes, [round(float(v), 5) for v in scores.iou], strict=True)),
+        "iou": by_class(samples.classes, scores),
     }
+
+
+def by_class(classes: Sequence[str], scores: Scores) -> dict[str, float]:
+    """The IoU of each class, in five digits."""
+    return dict(zip(classes, [round(float(v), 5) for v in scores.iou], strict=True))
 
 
 def _segment(model: Any, image: Any, *, whole: bool = False) -> Any:
@@ -253,13 +258,7 @@ def _segment(model: Any, image: Any, *, whole: bool = False) -> Any:
 
 def robustness(model: Any, samples: data.Samples, grid: Grid) -> dict[str, Any]:
     """Retention over the grid, and the mIoU at each point of it, on these images."""
-    found = {}
-    for name, severity in grid:
-        confusion = ConfusionMatrix(len(samples.classes))
-        for key, (image, mask) in zip(samples.names, samples, strict=True):
-            spoilt = corrupt(image, name, severity, corruption_rng(key, name, severity))
-            confusion.update(torch.from_numpy(mask), torch.from_numpy(_segment(model, spoilt).labels))
-        found[name, severity] = confusion.scores().miou
+    found = {point: scores.miou for point, scores in corrupted(model, samples, grid).items()}
     kept = retention(score(model, samples)["miou"], found)
     return {
         "retention": kept.overall,
@@ -267,6 +266,18 @@ def robustness(model: Any, samples: data.Samples, grid: Grid) -> dict[str, Any]:
         "corrupted_miou": float(np.mean(list(found.values()))),
         "grid": {f"{name}/{severity}": round(value, 5) for (name, severity), value in found.items()},
     }
+
+
+def corrupted(model: Any, samples: data.Samples, grid: Grid) -> dict[tuple[str, int], Scores]:
+    """Scores at each point of the grid."""
+    found = {}
+    for name, severity in grid:
+        confusion = ConfusionMatrix(len(samples.classes))
+        for key, (image, mask) in zip(samples.names, samples, strict=True):
+            spoilt = corrupt(image, name, severity, corruption_rng(key, name, severity))
+            confusion.update(torch.from_numpy(mask), torch.from_numpy(_segment(model, spoilt).labels))
+        found[name, severity] = confusion.scores()
+    return found
 
 
 def diagnose(model: Segmentor, samples: data.Samples) -> dict[str, dict[str, float]]:
