@@ -88,7 +88,7 @@ def plot(arms: dict[str, Any]) -> Figure:
             axis.plot(x, sum(found) / len(found), "_", color=colour, markersize=16, markeredgewidth=3)
             axis.annotate(name, (x, sum(found) / len(found)), xytext=(8, 6), textcoords="offset points", fontsize=10)
         axis.set_xlabel(label)
-        axis.margins(x=0.2)
+        axis.margins(x=0.2, y=0.1)
         axis.grid(color="0.92")
     axes[0].set_ylabel("mIoU on CamVid val")
     return drawn

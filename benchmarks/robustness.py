@@ -1,6 +1,6 @@
 """What of the mIoU is left on corrupted images? The full grid, 16 corruptions in 5 severities, of trained arms.
 
-    PYTHONPATH=. python benchmarks/robustness.py run --arms baseline,local,full,upernet --seed 100
+    PYTHONPATH=. python benchmarks/robustness.py run --seeds 100,101,102
     PYTHONPATH=. python benchmarks/robustness.py show
 
 On one val image in `--every`; what is measured is not measured again. Needs the arms' weights, which `ablation.py run
@@ -28,12 +28,14 @@ from matplotlib.figure import Figure
 from benchmarks.evidence import data
 from benchmarks.evidence.arms import ALL, STUDIES
 from benchmarks.evidence.runs import RESULTS, Run, by_class, corrupted, score, trained
+from benchmarks.evidence.tables import differences
 from repsep_model.corruptions import CATEGORIES, CORRUPTIONS, SEVERITIES
 from repsep_model.robustness import retention
 
 FILE, PLOT = RESULTS / "robustness.jsonl", RESULTS / "robustness.png"
 CLEAN = "clean"
 LEARNED = 0.3
+SHOWN = ("retention", "corrupted_miou")
 
 
 def measure(arm: str, seed: int, name: str, every: int) -> dict[str, Any]:
@@ -57,20 +59,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "show"])
     parser.add_argument("--arms", default="baseline,local,full,upernet")
-    parser.add_argument("--seed", type=int, default=100)
-    parser.add_argument("--every", type=int, default=4)
+    parser.add_argument("--seeds", default="100")
+    parser.add_argument("--every", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
     arms = options.arms.split(",")
     if options.action == "show":
+        if (missing := _missing(arms)) is not None:
+            raise SystemExit(f"{missing} is not measured yet: run the action `run` to its end")
         print(table(arms))
         print(f"\nOnly {', '.join(learned(arms))}, which every arm knows (IoU of {LEARNED} or more on clean images):\n")
         print(table(arms, learned(arms)))
+        print()
+        print(differences(by_seed(arms), [("full", "local"), ("full", "baseline"), ("local", "baseline")], SHOWN))
         figure(arms).savefig(PLOT, dpi=120)
         return
     done = {(r["arm"], r["seed"], r["corruption"]) for r in _records()}
     names = [CLEAN, *CORRUPTIONS]
-    wanted = [(arm, options.seed, name) for name in names for arm in arms if (arm, options.seed, name) not in done]
+    every = [(arm, int(seed), name) for seed in options.seeds.split(",") for name in names for arm in arms]
+    wanted = [each for each in every if each not in done]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for future in as_completed([pool.submit(measure, *each, options.every) for each in wanted]):
             with FILE.open("a") as lines:
@@ -82,16 +89,37 @@ def _records() -> list[dict[str, Any]]:
     return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
 
 
-def _of(arm: str, classes: Sequence[str] = ()) -> tuple[float, dict[tuple[str, int], float]]:
+def _missing(arms: Sequence[str]) -> tuple[str, int, str] | None:
+    """A point without which the arms would be compared on different corruptions."""
+    done = {(r["arm"], r["seed"], r["corruption"]) for r in _records() if r["arm"] in arms}
+    begun = {(arm, seed) for arm, seed, _ in done}
+    return next(
+        ((*each, name) for each in sorted(begun) for name in (CLEAN, *CORRUPTIONS) if (*each, name) not in done), None
+    )
+
+
+def _of(arm: str, classes: Sequence[str] = (), seed: int | None = None) -> tuple[float, dict[tuple[str, int], float]]:
     """The clean mIoU, of these classes or of all, and that at each point of the grid; means over the seeds."""
     found: dict[tuple[str, int], list[float]] = {}
     for record in _records():
-        if record["arm"] == arm:
+        if record["arm"] == arm and seed in (None, record["seed"]):
             for severity, iou in record["iou"].items():
                 here = found.setdefault((record["corruption"], int(severity)), [])
                 here.append(float(np.mean([iou[name] for name in classes or iou])))
     points = {point: float(np.mean(seeds)) for point, seeds in found.items()}
     return points.pop((CLEAN, 0)), points
+
+
+def by_seed(arms: Sequence[str]) -> dict[str, dict[int, dict[str, float]]]:
+    """Retention and corrupted mIoU of each arm and seed."""
+    found: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in arms}
+    for record in _records():
+        arm, seed = record["arm"], record["seed"]
+        if arm in found and seed not in found[arm]:
+            clean, points = _of(arm, seed=seed)
+            mean = float(np.mean(list(points.values())))
+            found[arm][seed] = {"retention": retention(clean, points).overall, "corrupted_miou": mean}
+    return found
 
 
 def learned(arms: Sequence[str]) -> list[str]:

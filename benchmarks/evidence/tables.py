@@ -37,9 +37,12 @@ def means(arms: Mapping[str, Mapping[int, Mapping[str, Any]]], what: Mapping[str
     return "\n".join(lines)
 
 
-def differences(arms: Mapping[str, Mapping[int, Mapping[str, Any]]], pairs: Sequence[tuple[str, str]]) -> str:
+def differences(
+    arms: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    pairs: Sequence[tuple[str, str]],
+    shown: Sequence[str] = ("miou", "whole_miou", "boundary_miou", "retention", "corrupted_miou"),
+) -> str:
     """A Markdown table: first minus second, paired by seed, with the 95 % interval."""
-    shown = ("miou", "whole_miou", "boundary_miou", "retention", "corrupted_miou")
     lines = ["| difference | pairs | " + " | ".join(METRICS[m] for m in shown) + " |", "|" + "---|" * (2 + len(shown))]
     for first, second in pairs:
         seeds = sorted(arms.get(first, {}).keys() & arms.get(second, {}).keys())
