@@ -17,6 +17,7 @@ COMMANDS = {
     "register": "Register a model; champion if better.",
     "models": "List, compare, promote and roll back versions.",
     "segment": "Label every image under a prefix.",
+    "report": "A page and a model card of what was done.",
     "demo": "Everything once, on generated images.",
 }
 

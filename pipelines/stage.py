@@ -177,10 +177,16 @@ def run_stage(
 
 def latest_receipt(workspace: str, stage: str) -> Receipt:
     """The receipt of the stage that was last done, or found done, in this workspace. Raises RepsepError if none was."""
-    values = _latest(workspace, stage)
-    if values is None:
+    found = latest_if_any(workspace, stage)
+    if found is None:
         raise RepsepError(f"no finished {stage} in {workspace}; run `repsep {stage}` with the same recipe first")
-    return Receipt(**_fields(values))
+    return found
+
+
+def latest_if_any(workspace: str, stage: str) -> Receipt | None:
+    """As `latest_receipt`, None where the stage was never done in this workspace."""
+    values = _latest(workspace, stage)
+    return None if values is None else Receipt(**_fields(values))
 
 
 def receipt_at(uri: str) -> Receipt | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,19 +14,22 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
+from jobs.cli import repsep
 from pipelines import evaluate as evaluate_stage
 from pipelines import tracking
 from pipelines.bulk.commits import CLASSES as CLASSES_FILE
 from pipelines.config import EvaluateConfig, Recipe, Section
 from pipelines.dataset import Dataset, open_dataset
+from pipelines.errors import UsageError
 from pipelines.evaluate import evaluate
 from pipelines.evaluation.measures import CLEAN, Judge, together
 from pipelines.models import load_files
 from pipelines.pages import as_text
 from pipelines.prepare import prepare
 from pipelines.register import register
-from pipelines.report import report
+from pipelines.report import latest_receipts, report
 from pipelines.reporting.card import description_of
 from pipelines.reporting.facts import gate_facts
 from pipelines.reporting.scores import class_scores, confusions_of, robustness
@@ -91,7 +95,7 @@ class Story:
         self.dataset = open_dataset(self.prepared.results["dataset"])
         self.receipts: list[Receipt] = []
         for seed in (0, 1):
-            train = self._trained(seed)
+            train = self.trained(seed)
             judged = evaluate(self.workspace, self.recipe)
             gate = register(self.workspace, self.recipe)
             self.receipts = [self.prepared, self._swept(), train, judged, gate, self._segmented()]
@@ -112,7 +116,7 @@ class Story:
             name, workspace=self.workspace, config=Settings(), inputs=inputs, packages=("repsep_model",), body=body
         )
 
-    def _trained(self, seed: int) -> Receipt:
+    def trained(self, seed: int) -> Receipt:
         run_id = tracking.start_run(self.recipe.tracking, "train")
         logger = tracking.RunLogger(tracking.tracking_uri(self.recipe.tracking), run_id)
         for step in (5, 10, 15, 20):
@@ -136,7 +140,7 @@ class Story:
                 "train_seconds": 61.5,
             }
 
-        return self._stage("train", {"seed": str(seed)}, results)
+        return self._stage("train", {"dataset": self.dataset.digest, "seed": str(seed)}, results)
 
     def _swept(self) -> Receipt:
         def results(run: StageRun) -> dict[str, Any]:
@@ -161,7 +165,7 @@ class Story:
                 "importances": [{"name": "w.patch", "share": 0.61, "p": 0.031, "how": "less is better"}],
             }
 
-        return self._stage("sweep", {}, results)
+        return self._stage("sweep", {"dataset": self.dataset.digest}, results)
 
     def _segmented(self) -> Receipt:
         bulk = Bulk(self.root / "bulk")
@@ -438,6 +442,47 @@ def test_a_licence_that_classes_json_names_stands_on_page_and_card(tmp_path: Pat
     done = report(story.workspace, story.recipe, [prepare(str(tmp_path / "work"), config)])
     assert "licence CC BY 4.0" in Tags(done.folder.read("index.html").decode()).text
     assert "Licence: CC BY 4.0" in done.folder.read("model_card.md").decode()
+
+
+# ---------------------------------------------------------------- of stages that were run one by one
+
+
+def test_the_command_makes_the_report_that_a_workflow_ends_with(story: Story, tmp_path: Path) -> None:
+    ended_with = report(story.workspace, story.recipe, story.receipts, "tale")
+    recipe = tmp_path / "tale.yaml"
+    recipe.write_text(story.recipe.model_dump_json(by_alias=True, exclude_defaults=True))
+    done = CliRunner().invoke(repsep, ["report", "--config", str(recipe), "--json"])
+    assert done.exit_code == 0, done.output
+    made = json.loads(done.stdout)
+    assert made["cached"]
+    assert made["digest"] == ended_with.digest
+
+
+def test_what_does_not_belong_to_the_newer_stages_is_left_out(
+    story: Story, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(story.workspace, tmp_path / "work")
+    story.workspace, before = str(tmp_path / "work"), story.workspace
+    try:
+        story.trained(2)
+        found = latest_receipts(story.workspace)
+    finally:
+        story.workspace = before
+    assert [receipt.stage for receipt in found] == ["prepare", "sweep", "train", "segment"]
+    told = capsys.readouterr().err
+    assert "the latest evaluate is left out: the latest train is newer and does not belong to it" in told
+    assert "the latest register is left out: it was for another evaluation" in told
+
+
+def test_data_that_were_prepared_anew_are_no_data_of_the_model_before(story: Story, tmp_path: Path) -> None:
+    shutil.copytree(story.workspace, tmp_path / "work")
+    prepare(str(tmp_path / "work"), story.recipe.prepare.model_copy(update={"row_group_rows": 1}))
+    assert [receipt.stage for receipt in latest_receipts(str(tmp_path / "work"))] == ["prepare", "segment"]
+
+
+def test_where_nothing_was_done_there_is_no_report(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="run `repsep workflow`"):
+        latest_receipts(str(tmp_path))
 
 
 # ---------------------------------------------------------------- in a browser
