@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipelines.config import Section
 from pipelines.errors import RepsepError, StorageError
@@ -47,33 +47,53 @@ class WouldRunError(Exception):
         self.stage, self.why = stage, why
 
 
-_planned: ContextVar[dict[tuple[str, str], Folder] | None] = ContextVar("planned", default=None)
-"""While planning: the folder of each (workspace, stage) that was found done, instead of the workspace's pointers."""
+Done = dict[tuple[str, str], Folder]
+"""The folder of each (workspace, stage) that was done, or found done."""
+
+_own: ContextVar[Done | None] = ContextVar("own", default=None)
+_planned: ContextVar[bool] = ContextVar("planned", default=False)
 _verified: ContextVar[bool] = ContextVar("verified", default=False)
+T = TypeVar("T")
+
+# NOTE none of these around a `yield` of a generator: between two of its items what it set holds for its caller too.
+
+
+@contextlib.contextmanager
+def resting_on(own: Done) -> Iterator[None]:
+    """For the time of the block stages take what `own` holds, and add to it, rather than the workspace's pointers.
+
+    Those are shared: another workflow may move them between two stages of this one.
+    """
+    with _set(_own, own):
+        yield
 
 
 @contextlib.contextmanager
 def planning() -> Iterator[None]:
     """For the time of the block stages look what is done and run nothing."""
-    token = _planned.set({})
-    try:
+    own = _own.get()
+    with _set(_planned, True), resting_on({} if own is None else own):
         yield
-    finally:
-        _planned.reset(token)
 
 
 @contextlib.contextmanager
 def verifying() -> Iterator[None]:
     """For the time of the block a receipt counts only if its files have its digests, not just its sizes."""
-    token = _verified.set(True)
+    with _set(_verified, True):
+        yield
+
+
+@contextlib.contextmanager
+def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _verified.reset(token)
+        variable.reset(token)
 
 
 def is_planning() -> bool:
-    return _planned.get() is not None
+    return _planned.get()
 
 
 @dataclass(frozen=True)
@@ -196,11 +216,19 @@ def receipt_at(uri: str) -> Receipt | None:
 
 
 def _latest(workspace: str, stage: str) -> dict[str, Any] | None:
-    root, planned = Folder(workspace) / stage, _planned.get()
-    if planned is not None and (workspace, stage) in planned:
-        return read_receipt(planned[workspace, stage])
+    root, own = Folder(workspace) / stage, _own.get()
+    if own is not None and (workspace, stage) in own:
+        return read_receipt(own[workspace, stage])
     pointer = root.read_if_present(LATEST)
-    return read_receipt(root / json.loads(pointer)["folder"]) if pointer is not None else None
+    if pointer is None:
+        return None
+    try:
+        name = str(json.loads(pointer)["folder"])
+    except (ValueError, LookupError, TypeError):
+        raise RepsepError(
+            f"{root.uri_of(LATEST)} is damaged; delete it and run `repsep {stage}` again: what is done is found"
+        ) from None
+    return read_receipt(root / name)
 
 
 def _why(
@@ -234,8 +262,9 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _point_to(workspace: str, stage: str, folder: Folder) -> None:
-    if (planned := _planned.get()) is not None:
-        planned[workspace, stage] = folder
+    if (own := _own.get()) is not None:
+        own[workspace, stage] = folder
+    if is_planning():
         return
     pointer = json.dumps({"folder": folder.uri.rpartition("/")[2]}).encode()
     root = Folder(workspace) / stage

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pipelines.config import Recipe
 from pipelines.errors import UsageError
-from pipelines.stage import Receipt, WouldRunError, planning
+from pipelines.stage import Done, Receipt, WouldRunError, planning, resting_on
 from pipelines.storage import absolute_uri, home
 
 
@@ -36,41 +36,44 @@ def run_workflow(recipe: Recipe, name: str | None = None) -> Iterator[Receipt]:
             "recipe and run `repsep evaluate --set evaluate.predictions=...` by itself"
         )
     workspace = workspace_of(recipe)
-    done = []
+    own: Done = {}
+    done: list[Receipt] = []
 
-    def kept(receipt: Receipt) -> Receipt:
+    def did(stage: Callable[[], Any]) -> Receipt:
+        with resting_on(own):
+            receipt: Receipt = stage()
         done.append(receipt)
         return receipt
 
-    yield kept(prepare(workspace, recipe.prepare))
+    yield did(lambda: prepare(workspace, recipe.prepare))
     if recipe.sweep is not None:
-        swept = kept(sweep(workspace, recipe))
+        swept = did(lambda: sweep(workspace, recipe))
         recipe = recipe.model_copy(update={"train": best_train(swept, recipe.train)})
         yield swept
-    yield kept(train(workspace, recipe))
-    yield kept(evaluate(workspace, recipe))
-    yield kept(register(workspace, recipe))
+    yield did(lambda: train(workspace, recipe))
+    yield did(lambda: evaluate(workspace, recipe))
+    yield did(lambda: register(workspace, recipe))
     if recipe.segment is not None:
-        bulk = segment(workspace, recipe)
-        assert isinstance(bulk, Receipt)
-        yield kept(bulk)
-    yield report(workspace, recipe, done, name)
+        yield did(lambda: segment(workspace, recipe))
+    yield did(lambda: report(workspace, recipe, done, name))
 
 
 def plan_workflow(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Yields (stage, what would happen and why) in order; nothing is run and nothing written into the workspace."""
     stages = ["prepare", "sweep", "train", "evaluate", "register", "segment", "report"]
     left = [stage for stage in stages if stage not in ("sweep", "segment") or getattr(recipe, stage) is not None]
-    with planning():
+    receipts = run_workflow(recipe)
+    while left:
+        stage = left.pop(0)
         try:
-            for receipt in run_workflow(recipe):
-                left.remove(receipt.stage)
-                yield receipt.stage, f"cached: {receipt.uri}"
-        except WouldRunError as first:
-            left.remove(first.stage)
-            yield first.stage, f"runs: {first.why}"
-            for stage in left:
-                yield stage, f"runs if what comes out of {first.stage} is new"
+            with planning():
+                receipt = next(receipts)
+        except WouldRunError as would:
+            yield stage, f"runs: {would.why}"
+            for later in left:
+                yield later, f"runs if what comes out of {stage} is new"
+            return
+        yield stage, f"cached: {receipt.uri}"
 
 
 def describe(receipt: Receipt) -> list[str]:

@@ -18,9 +18,11 @@ from pipelines import stage
 from pipelines.config import PrepareConfig, Section, TrainConfig
 from pipelines.errors import RepsepError, StorageError
 from pipelines.stage import (
+    LATEST,
     LEASE,
     STARTED,
     SUCCESS,
+    Done,
     Receipt,
     StageRun,
     WouldRunError,
@@ -29,6 +31,7 @@ from pipelines.stage import (
     latest_receipt,
     planning,
     read_receipt,
+    resting_on,
     run_stage,
     verifying,
 )
@@ -208,6 +211,36 @@ def test_what_a_plan_finds_done_is_what_later_stages_take(run: Callable[..., Rec
         run(Body(), PrepareConfig(seed=1))
         assert latest_receipt(str(tmp_path), "prepare").uri == first.uri
     assert latest_receipt(str(tmp_path), "prepare").uri == last.uri
+
+
+def test_a_workflow_rests_on_its_own_stages_whatever_another_does_in_between(
+    run: Callable[..., Receipt], tmp_path: Path
+) -> None:
+    own: Done = {}
+    with resting_on(own):
+        first = run(Body(), PrepareConfig(seed=1))
+    last = run(Body(), PrepareConfig(seed=2))
+    assert latest_receipt(str(tmp_path), "prepare") == last
+    with resting_on(own):
+        assert latest_receipt(str(tmp_path), "prepare") == first
+        run(Body(), PrepareConfig(seed=3), latest=False)
+        assert latest_receipt(str(tmp_path), "prepare") == first
+        with planning():
+            assert latest_receipt(str(tmp_path), "prepare") == first
+    assert latest_receipt(str(tmp_path), "prepare") == last
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\x00"])
+def test_a_damaged_pointer_is_named_and_the_stage_mends_it(
+    run: Callable[..., Receipt], tmp_path: Path, content: bytes
+) -> None:
+    receipt = run(Body())
+    pointer = tmp_path / "prepare" / LATEST
+    pointer.write_bytes(content)
+    with pytest.raises(RepsepError, match=rf"{pointer} is damaged; delete it and run `repsep prepare` again"):
+        latest_receipt(str(tmp_path), "prepare")
+    assert run(Body()).cached
+    assert latest_receipt(str(tmp_path), "prepare") == receipt
 
 
 def test_the_receipt_says_what_went_in_and_what_came_out(run: Callable[..., Receipt]) -> None:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from jobs.cli import repsep
 from pipelines.config import Recipe
-from pipelines.stage import Receipt
+from pipelines.stage import Receipt, is_planning, latest_receipt
 from pipelines.storage import Folder
 from pipelines.workflow import plan_workflow, run_workflow
 
@@ -106,6 +106,21 @@ def test_what_runs_again_is_no_more_than_was_planned(whole: dict[str, Any], done
     assert receipts["train"]
     assert not receipts["evaluate"]
     assert receipts["segment"]  # the champion is still the same
+
+
+def test_two_workflows_in_one_workspace_keep_to_their_own_data(whole: dict[str, Any], done: list[Receipt]) -> None:
+    ours, other = (
+        run_workflow(each) for each in (Recipe.model_validate(whole), changed(whole, "prepare.shard_rows", 8))
+    )
+    first, between = next(ours), next(other)
+    assert (first.uri, first.uri != between.uri) == (done[0].uri, True)
+    assert list(ours) == done[1:], "what was done with our data, and not with the other's"
+    assert latest_receipt(whole["workspace"], "prepare").uri == between.uri, "nothing of ours holds for the caller"
+
+
+def test_between_the_lines_of_a_plan_its_caller_is_not_planning(whole: dict[str, Any], done: list[Receipt]) -> None:
+    for _ in plan_workflow(Recipe.model_validate(whole)):
+        assert not is_planning()
 
 
 def test_the_command_prints_the_plan_and_verifies(
