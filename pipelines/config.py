@@ -317,7 +317,9 @@ class EvaluateConfig(Section):
 class RegisterConfig(Section):
     """A version in the MLflow model registry, and the gate before the alias `champion`."""
 
-    name: str = Field("repsep", pattern="^[^/:@]+$", description="name of the registered model, without / : @")
+    name: str = Field(
+        "repsep", pattern="^[^/:@'\"]+$", description="name of the registered model, without / : @ and quotes"
+    )
     max_class_drop: float = Field(
         0.02, ge=0, description="largest loss of IoU that any class of 1,000 pixels or more may have"
     )

@@ -11,7 +11,7 @@ from pipelines.errors import RepsepError, UsageError
 from pipelines.evaluate import read_counts
 from pipelines.gate import Decision, compare
 from pipelines.models import fetch_model
-from pipelines.register import CHAMPION
+from pipelines.register import CHALLENGER, CHAMPION
 from pipelines.stage import Receipt, receipt_at
 from repsep_model.checkpoint import load_classes
 
@@ -31,12 +31,11 @@ class Version:
 def versions(recipe: Recipe) -> list[Version]:
     """All versions, newest first. Raises RepsepError where there is none."""
     name, uri = recipe.register_.name, tracking.tracking_uri(recipe.tracking)
-    with tracking.answering(uri):
-        client = tracking.client_for(uri)
-        found = client.search_model_versions(f"name = '{name}'")
-        aliases = client.get_registered_model(name).aliases if found else {}
+    found = tracking.model_versions(recipe.tracking, name)
     if not found:
         raise RepsepError(f"MLflow at {tracking.shown(uri)} has no version of {name!r}; run `repsep register` first")
+    with tracking.answering(uri):
+        aliases = tracking.client_for(uri).get_registered_model(name).aliases
     return [
         Version(
             str(v.version),
@@ -46,7 +45,7 @@ def versions(recipe: Recipe) -> list[Version]:
             v.tags.get("repsep.replaced", ""),
             v.tags.get("repsep.evaluation_uri", ""),
         )
-        for v in sorted(found, key=lambda v: int(v.version), reverse=True)
+        for v in found
     ]
 
 
@@ -83,7 +82,7 @@ def promote(recipe: Recipe, version: str, why: str) -> None:
         tags = {"repsep.reason": f"by hand: {why}"} | ({"repsep.replaced": before} if before != version else {})
         for tag, value in tags.items():
             client.set_model_version_tag(name, version, tag, value)
-        client.set_registered_model_alias(name, CHAMPION, version)
+    tracking.point_alias(recipe.tracking, name, CHAMPION, version, instead_of=CHALLENGER)
 
 
 def roll_back(recipe: Recipe) -> str:
@@ -102,7 +101,7 @@ def roll_back(recipe: Recipe) -> str:
     with tracking.answering(uri):
         client = tracking.client_for(uri)
         client.set_model_version_tag(name, previous.version, "repsep.reason", f"rolled back from {champion.version}")
-        client.set_registered_model_alias(name, CHAMPION, previous.version)
+    tracking.point_alias(recipe.tracking, name, CHAMPION, previous.version, instead_of=CHALLENGER)
     return previous.version
 
 

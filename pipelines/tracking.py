@@ -1,4 +1,4 @@
-"""MLflow runs: parameters, metrics, inputs and artifacts. With register.py the only module that knows MLflow.
+"""MLflow runs: parameters, metrics, inputs and artifacts, and the model registry.
 
 A client with explicit URIs instead of MLflow's global state: several trials log from one process tree, and no import or
 forgotten call may send a run elsewhere.
@@ -36,6 +36,8 @@ from pipelines.storage import home, in_ray_job
 
 PARAM_BATCH, METRIC_BATCH = 100, 1000
 DESCRIPTION_LIMIT = 5000
+NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""How MLflow says that there is no such model, and no such alias. A server that is down is another matter."""
 REFUSALS = (400, 404)
 """HTTP statuses of those errors that stay the same however often one asks: a wrong value, a run that is not there."""
 
@@ -247,6 +249,35 @@ def describe_version(config: TrackingConfig, name: str, version: str, text: str)
     uri = tracking_uri(config)
     with answering(uri):
         client_for(uri).update_model_version(name, version, description=text)
+
+
+def aliased_version(config: TrackingConfig, name: str, alias: str) -> ModelVersion | None:
+    """The version that the alias points to, None where there is no such alias or model."""
+    uri = tracking_uri(config)
+    try:
+        return client_for(uri).get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code in NOT_THERE:
+            return None
+        raise RepsepError(f"MLflow at {shown(uri)} cannot be used: {shown(str(error.message))}") from None
+
+
+def model_versions(config: TrackingConfig, name: str) -> list[ModelVersion]:
+    """All versions of a registered model, newest first; none where there is no such model."""
+    uri = tracking_uri(config)
+    with answering(uri):
+        found = client_for(uri).search_model_versions(f"name = '{name}'")
+    return sorted(found, key=lambda version: int(version.version), reverse=True)
+
+
+def point_alias(config: TrackingConfig, name: str, alias: str, version: str, *, instead_of: str | None = None) -> None:
+    """Set an alias to a version, which loses the alias `instead_of` if it has that one."""
+    uri = tracking_uri(config)
+    with answering(uri):
+        client = client_for(uri)
+        client.set_registered_model_alias(name, alias, version)
+        if instead_of is not None and str(client.get_registered_model(name).aliases.get(instead_of)) == version:
+            client.delete_registered_model_alias(name, instead_of)
 
 
 def child_run(config: TrackingConfig, parent: str, tag: str, value: str) -> str | None:

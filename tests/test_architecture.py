@@ -16,7 +16,7 @@ PACKAGES = ("repsep_model", "pipelines", "jobs")
 ABOVE = {"repsep_model": ("pipelines", "jobs"), "pipelines": ("jobs",), "jobs": ()}
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 LIBRARY_KNOWS_NOTHING_OF = ("ray", "mlflow", "click", "fsspec", "s3fs")
-KNOW_MLFLOW = ("tracking.py", "register.py", "served_model.py")
+KNOW_MLFLOW = ("tracking.py", "served_package.py", "served_model.py")
 KNOW_RAY = (
     "cluster.py",
     "counters.py",

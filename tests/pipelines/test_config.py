@@ -61,6 +61,7 @@ def test_an_unknown_key_that_is_like_no_other_is_answered_with_all_of_them(recip
         ("train:", "train", "None"),
         ("sweep: {search: {loss: {local: [1, high]}}}", "sweep.search.loss.local.1", "'high'"),
         ("register: {name: team/model}", "register.name", "'team/model'"),
+        ('register: {name: "bob\'s"}', "register.name", '"bob\'s"'),
         ("tracking: {experiment: ''}", "tracking.experiment", "''"),
         ("evaluate: {scales: []}", "evaluate.scales", "[]"),
         ("evaluate: {scales: [1, 0]}", "evaluate.scales.1", "0"),

@@ -22,19 +22,21 @@ from mlflow.exceptions import MlflowException
 
 from jobs.cli import repsep
 from pipelines import evaluate as evaluation_stage
+from pipelines import register as register_stage
 from pipelines import registry
 from pipelines.config import EvaluateConfig, Recipe, RegisterConfig, SegmentConfig, TrackingConfig
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import RepsepError, UsageError
 from pipelines.evaluate import COUNTS, Counts, evaluate
 from pipelines.evaluation.measures import CLEAN, Measured
-from pipelines.gate import absolute_checks, compare, first, paired_bootstrap
+from pipelines.gate import Decision, absolute_checks, compare, first, paired_bootstrap
 from pipelines.models import fetch_model, load_files
 from pipelines.prepare import prepare
 from pipelines.register import register
 from pipelines.segment import segment
 from pipelines.stage import Receipt
 from pipelines.tracking import client_for, tracking_uri
+from pipelines.workflow import describe
 from repsep_model.checkpoint import save_segmentor
 from repsep_model.images import decode_image, decode_mask
 from repsep_model.inference import segment_image
@@ -236,9 +238,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Three segmentors that differ in their weights, and one that knows other classes."""
+    """Four segmentors that differ in their weights, and one that knows other classes."""
     root = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("first", "worse", "better", "foreign")):
+    for seed, name in enumerate(("first", "worse", "better", "foreign", "good")):
         classes = [c | {"name": c["name"].upper() if name == "foreign" else c["name"]} for c in CLASSES]
         model = tiny_segmentor(VIT, num_classes=K, seed=seed)
         save_segmentor(model, root / name, classes={"name": "drawn", "ignore_index": 255, "classes": classes})
@@ -262,6 +264,7 @@ def recipe(tmp_path: Path, empty_database: Path, dataset: Dataset) -> Recipe:
 def judged(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """In place of a real evaluation: counts that are known for each model. Which models were judged, in order."""
     known = {"first": [0.8, 0.8, 0.8], "worse": [0.7, 0.7, 0.7], "better": [0.95, 0.95, 0.95], "foreign": [1.0] * 3}
+    known["good"] = [0.9, 0.9, 0.9]
     seen: list[str] = []
 
     def count(config: object, dataset: Dataset, model: Any) -> Measured:
@@ -303,6 +306,10 @@ def client(recipe: Recipe) -> MlflowClient:
 
 def version_of(client: MlflowClient, alias: str) -> str:
     return str(client.get_model_version_by_alias("streets", alias).version)
+
+
+def aliases(client: MlflowClient) -> dict[str, str]:
+    return {alias: str(version) for alias, version in client.get_registered_model("streets").aliases.items()}
 
 
 def digest(uri: str, recipe: Recipe) -> str:
@@ -402,6 +409,153 @@ def test_a_model_that_lost_is_judged_again_when_the_champion_has_changed(
         registered(name)
     client.set_registered_model_alias("streets", "champion", "2")  # somebody went back to the worse one
     assert registered("better").results["alias"] == "champion"
+
+
+def test_a_new_decision_says_which_champion_was_compared_and_rollback_goes_there(
+    registered: Callable[[str], Receipt], recipe: Recipe, client: MlflowClient
+) -> None:
+    for name in ("first", "worse", "better"):
+        registered(name)
+    client.set_registered_model_alias("streets", "champion", "2")
+    receipt = registered("better")
+    assert (receipt.results["alias"], receipt.results["champion"]) == ("champion", "2")
+    assert client.get_model_version("streets", "3").tags["repsep.replaced"] == "2"
+    assert registered("better").cached
+    assert registry.roll_back(recipe) == "2"
+
+
+def test_a_model_that_is_evaluated_again_stays_the_version_that_it_is(
+    registered: Callable[[str], Receipt], recipe: Recipe, models: dict[str, Path], client: MlflowClient
+) -> None:
+    reasons = [registered(name).results["reason"] for name in ("first", "worse", "better")]
+    for name, version, alias in (("better", "3", "champion"), ("worse", "2", "challenger")):
+        config = recipe.evaluate.model_copy(update={"model": str(models[name]), "flip": True})
+        again = evaluate(str(recipe.workspace), recipe.model_copy(update={"evaluate": config}))
+        receipt = register(str(recipe.workspace), recipe)
+        assert not receipt.cached
+        assert (receipt.results["version"], receipt.results["alias"]) == (version, alias)
+        assert client.get_model_version("streets", version).tags["repsep.evaluation_uri"] == again.uri
+    assert client.get_model_version("streets", "3").tags["repsep.reason"] == reasons[2]
+    assert len(client.search_model_versions("name = 'streets'")) == 3
+
+
+def test_a_cached_receipt_tells_which_version_is_champion_now(
+    registered: Callable[[str], Receipt], recipe: Recipe, client: MlflowClient
+) -> None:
+    for name in ("first", "better"):
+        registered(name)
+    registry.roll_back(recipe)
+    receipt = register(str(recipe.workspace), recipe)
+    assert receipt.cached
+    said = "register  cached: streets version 2 is registered: the champion is now version 1"
+    assert describe(receipt) == [said, f"{'':9} -> models:/streets/2"]
+    assert version_of(client, "champion") == "1", "who went back had a reason"
+    registry.promote(recipe, "2", "it was the lens")
+    assert register(str(recipe.workspace), recipe).results["alias"] == "champion"
+
+
+def test_a_promoted_challenger_is_no_challenger_any_more(
+    registered: Callable[[str], Receipt], recipe: Recipe, client: MlflowClient
+) -> None:
+    for name in ("first", "worse"):
+        registered(name)
+    registry.promote(recipe, "2", "the cameras were moved")
+    assert aliases(client) == {"champion": "2"}
+    receipt = register(str(recipe.workspace), recipe)
+    assert receipt.cached
+    assert (receipt.results["alias"], receipt.results["reason"]) == ("champion", "by hand: the cameras were moved")
+    registered("first")
+    assert aliases(client) == {"champion": "1"}
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
+    """What others do while two models are compared, a comparison each."""
+    todo: list[Callable[[], object]] = []
+    compared = register_stage.compare
+
+    def compare_slowly(*given: Any) -> Decision:
+        if todo:
+            todo.pop(0)()
+        return compared(*given)
+
+    monkeypatch.setattr(register_stage, "compare", compare_slowly)
+    return todo
+
+
+def test_a_champion_that_changes_during_the_comparison_is_the_one_to_beat(
+    registered: Callable[[str], Receipt],
+    recipe: Recipe,
+    client: MlflowClient,
+    meanwhile: list[Callable[[], object]],
+) -> None:
+    for name in ("first", "better"):
+        registered(name)
+    registry.roll_back(recipe)
+    meanwhile.append(lambda: client.set_registered_model_alias("streets", "champion", "2"))
+    receipt = registered("good")  # better than 1, which is champion at first, and not than 2
+    assert (receipt.results["alias"], receipt.results["champion"]) == ("challenger", "2")
+    assert version_of(client, "champion") == "2"
+    assert client.get_model_version("streets", "3").tags["repsep.replaced"] == "2"
+    assert registered("good").cached
+    assert len(client.search_model_versions("name = 'streets'")) == 3
+
+
+def test_a_champion_that_never_stays_the_same_is_left_alone(
+    registered: Callable[[str], Receipt],
+    recipe: Recipe,
+    client: MlflowClient,
+    meanwhile: list[Callable[[], object]],
+) -> None:
+    for name in ("first", "worse"):
+        registered(name)
+    for version in ("2", "1", "2"):
+        meanwhile.append(lambda to=version: client.set_registered_model_alias("streets", "champion", to))
+    with pytest.raises(RepsepError, match="the champion of 'streets' was replaced 3 times while this model was comp"):
+        registered("better")
+    assert version_of(client, "champion") == "2"
+
+
+def test_on_an_empty_registry_only_one_of_two_is_the_first(
+    registered: Callable[[str], Receipt],
+    recipe: Recipe,
+    client: MlflowClient,
+    judged: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another workspace registers after this one has seen that there is no champion."""
+    crowned = register_stage.first
+    other = recipe.model_copy(update={"workspace": f"{recipe.workspace}-2"})
+
+    def first_slowly(*given: Any) -> Decision:
+        monkeypatch.setattr(register_stage, "first", crowned)
+        shutil.copytree(str(recipe.workspace), str(other.workspace))
+        shutil.rmtree(f"{other.workspace}/register")
+        register(str(other.workspace), other)
+        return crowned(*given)
+
+    monkeypatch.setattr(register_stage, "first", first_slowly)
+    registered("first")
+    assert judged == ["first"]
+    assert len(client.search_model_versions("name = 'streets'")) == 1
+
+
+def test_registers_of_one_name_in_a_workspace_exclude_each_other(
+    registered: Callable[[str], Receipt], recipe: Recipe, client: MlflowClient, meanwhile: list[Callable[[], object]]
+) -> None:
+    for name in ("first", "worse"):
+        registered(name)
+    refused: list[str] = []
+
+    def another() -> None:
+        with pytest.raises(RepsepError, match=r"another register of streets .* is at work in") as caught:
+            registered("good")
+        refused.append(str(caught.value))
+
+    meanwhile.append(another)
+    assert registered("better").results["alias"] == "champion"
+    assert refused
+    assert registered("good").results["champion"] == "3"
 
 
 def test_a_model_with_other_classes_than_the_champions_is_refused(
