@@ -21,18 +21,20 @@ from pipelines import tracking
 from pipelines.config import EvaluateConfig, Recipe
 from pipelines.dataset import open_dataset
 from pipelines.errors import RepsepError, UsageError
-from pipelines.evaluate import evaluate, read_counts
+from pipelines.evaluate import PER_IMAGE, evaluate, read_counts
 from pipelines.evaluation.measures import SEGMENTING
 from pipelines.gate import Decision, absolute_checks, compare, first, gate_page
 from pipelines.models import FetchedModel, fetch_model
 from pipelines.served_package import save_pyfunc
-from pipelines.stage import Receipt, StageRun, _Lease, latest_receipt, run_stage
+from pipelines.stage import SUCCESS, Receipt, StageRun, _Lease, latest_receipt, run_stage
 from pipelines.storage import Folder
 from repsep_model.checkpoint import load_classes
 
 PACKAGES = ("pipelines", "repsep_model")
 CHAMPION, CHALLENGER = "champion", "challenger"
 GATE_PAGE = "gate.html"
+EVALUATION_FILES = (SUCCESS, PER_IMAGE)
+"""Of an evaluation, what a comparison needs."""
 ROUNDS = 3
 
 
@@ -163,7 +165,7 @@ def _describe(
     compared: str,
     page: str,
 ) -> None:
-    """The decision with its figures as tags of the version, and as a page of its run."""
+    """The decision with its figures as tags of the version; its page and the evaluation as artifacts of the run."""
     name = recipe.register_.name
     tags = {
         "repsep.reason": decision.reason,
@@ -177,7 +179,10 @@ def _describe(
     client = tracking.client_for(uri)
     for tag, value in tags.items():
         client.set_model_version_tag(name, version, tag, value)
-    tracking.RunLogger(uri, run_id).text(page, f"gate/{name}-{version}.html")
+    logger = tracking.RunLogger(uri, run_id)
+    logger.text(page, f"gate/{name}-{version}.html")
+    for file in EVALUATION_FILES:  # the workspace may be cleared: versions can still be compared
+        logger.content(evaluation.folder.read(file), f"evaluation/{name}-{version}/{file}")
 
 
 def _new_version(recipe: Recipe, model: FetchedModel, evaluation: Receipt) -> tuple[str, str]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pipelines import tracking
 from pipelines.config import Recipe
 from pipelines.errors import RepsepError, UsageError
-from pipelines.evaluate import read_counts
+from pipelines.evaluate import PER_IMAGE, Counts, read_counts
 from pipelines.gate import Decision, compare
 from pipelines.models import fetch_model
-from pipelines.register import CHALLENGER, CHAMPION
-from pipelines.stage import Receipt, receipt_at
+from pipelines.register import CHALLENGER, CHAMPION, EVALUATION_FILES
+from pipelines.stage import receipt_at
 from repsep_model.checkpoint import load_classes
 
 
@@ -54,18 +56,16 @@ def compare_versions(recipe: Recipe, first: str, second: str) -> Decision:
 
     Raises UsageError where these are of other images or were made in another way.
     """
-    ours, theirs = (_evaluation(recipe, version) for version in (first, second))
+    (ours, keys, counts), (theirs, other_keys, other_counts) = (_evaluation(recipe, v) for v in (first, second))
     for key in ("evaluation", "pixel_budget", "scales", "flip"):
-        if ours.results[key] != theirs.results[key]:
+        if ours[key] != theirs[key]:
             raise UsageError(
-                f"versions {first} and {second} were evaluated differently ({key}: {ours.results[key]}, "
-                f"{theirs.results[key]}); evaluate one of them again: --set evaluate.model=models:/"
-                f"{recipe.register_.name}/{second}"
+                f"versions {first} and {second} were evaluated differently ({key}: {ours[key]}, {theirs[key]}); "
+                f"evaluate one of them again: --set evaluate.model=models:/{recipe.register_.name}/{second}"
             )
-    (keys, counts), (other_keys, other_counts) = read_counts(ours), read_counts(theirs)
     if keys != other_keys:
         raise UsageError(f"versions {first} and {second} were evaluated on different images")
-    return compare(counts, other_counts, list(ours.results["iou"]), recipe.register_)
+    return compare(counts, other_counts, list(ours["iou"]), recipe.register_)
 
 
 def promote(recipe: Recipe, version: str, why: str) -> None:
@@ -105,13 +105,24 @@ def roll_back(recipe: Recipe) -> str:
     return previous.version
 
 
-def _evaluation(recipe: Recipe, version: str) -> Receipt:
-    name, uri = recipe.register_.name, tracking.tracking_uri(recipe.tracking)
-    with tracking.answering(uri):
-        found: Any = tracking.client_for(uri).get_model_version(name, version)
-    place = found.tags.get("repsep.evaluation_uri")
-    if not place or (receipt := receipt_at(place)) is None:
-        raise RepsepError(
-            f"the evaluation of {name} version {version} is gone ({place or 'no tag'}); evaluate it again"
-        )
-    return receipt
+def _evaluation(recipe: Recipe, version: str) -> tuple[dict[str, Any], list[str], Counts]:
+    """Results, keys and counts of the version's evaluation: from the workspace, or as kept with the version."""
+    name = recipe.register_.name
+    found = tracking.registered_version(recipe.tracking, name, version=version)
+    place = found.tags.get("repsep.evaluation_uri", "")
+    receipt = receipt_at(place) if place else None
+    if receipt is not None and receipt.folder.size_of(PER_IMAGE) is not None:
+        return receipt.results, *read_counts(receipt)
+    with tempfile.TemporaryDirectory() as kept:
+        try:
+            for file in EVALUATION_FILES:
+                path = f"evaluation/{name}-{version}/{file}"
+                (Path(kept) / file).write_bytes(tracking.read_artifact(recipe.tracking, str(found.run_id), path))
+        except RepsepError as error:
+            raise RepsepError(
+                f"the evaluation of {name} version {version} is gone ({place or 'no tag'}), and {error}; "
+                f"evaluate it again: --set evaluate.model=models:/{name}/{version}, then `repsep register`"
+            ) from None
+        receipt = receipt_at(kept)
+        assert receipt is not None
+        return receipt.results, *read_counts(replace(receipt, uri=kept))

@@ -280,6 +280,16 @@ def point_alias(config: TrackingConfig, name: str, alias: str, version: str, *, 
             client.delete_registered_model_alias(name, instead_of)
 
 
+def read_artifact(config: TrackingConfig, run_id: str, path: str) -> bytes:
+    """An artifact of a run. Raises RepsepError where it is not there or cannot be read."""
+    uri = tracking_uri(config)
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            return Path(client_for(uri).download_artifacts(run_id, path, temporary)).read_bytes()
+        except Exception as error:  # of MLflow, or of the client of whatever store holds the artifacts
+            raise RepsepError(f"{path} of the run {run_id} in MLflow cannot be read: {shown(str(error))}") from None
+
+
 def child_run(config: TrackingConfig, parent: str, tag: str, value: str) -> str | None:
     """The child run of `parent` with this tag: a restored sweep continues it."""
     uri = tracking_uri(config)

@@ -819,6 +819,22 @@ def test_a_comparison_by_hand_says_what_the_gate_said_and_moves_nothing(
     assert version_of(client, "champion") == "2"
 
 
+def test_versions_are_compared_as_before_when_the_workspace_was_cleared(
+    registered: Callable[[str], Receipt], recipe: Recipe, client: MlflowClient
+) -> None:
+    for name in ("first", "better"):
+        registered(name)
+    before = registry.compare_versions(recipe, "2", "1")
+    shutil.rmtree(str(recipe.workspace))
+    assert registry.compare_versions(recipe, "2", "1") == before
+    run = client.get_model_version("streets", "1").run_id
+    shutil.rmtree(Path(client.get_run(run).info.artifact_uri.removeprefix("file://")) / "evaluation")
+    with pytest.raises(
+        RepsepError, match=r"version 1 is gone .*evaluate it again: --set evaluate.model=models:/streets/1"
+    ):
+        registry.compare_versions(recipe, "2", "1")
+
+
 def test_evaluations_of_another_kind_are_not_compared(
     registered: Callable[[str], Receipt], recipe: Recipe, models: dict[str, Path]
 ) -> None:
