@@ -1,8 +1,8 @@
 """Whether a model becomes champion: what is asked of it, what it has, and a page that says both.
 
 A challenger must be better on the same images: a paired bootstrap over images whose interval excludes zero, and no
-class that loses too much. What the recipe asks beyond that (least IoU of classes, least retention) is asked of the
-first model too.
+class that loses too much. There must be a few images: of one alone the interval has no width, whatever the model. What
+the recipe asks beyond that (least IoU of classes, least retention) is asked of the first model too.
 Shapes: K classes; counts are (images, K).
 """
 
@@ -22,6 +22,7 @@ from pipelines.pages import render
 from repsep_model.metrics import scores_from_counts
 
 LARGE_CLASS_PIXELS = 1000
+LEAST_IMAGES = 5
 INTERVAL = (2.5, 97.5)
 
 
@@ -86,6 +87,8 @@ def compare(
     figures = {"miou": new.miou, "champion_miou": old.miou, "difference": difference, "low": low, "high": high}
     told = f"mIoU {difference:+.4f} against the champion, 95 % interval [{low:+.4f}, {high:+.4f}]"
     better = Check("better than the champion on the same images", told, low > 0)
+    images = len(ours["labelled"])
+    enough = Check(f"compared on {LEAST_IMAGES} images or more", f"{images} images", images >= LEAST_IMAGES)
     labelled = ours["labelled"].sum(axis=0)
     losses = np.where(labelled >= LARGE_CLASS_PIXELS, old.iou - new.iou, -np.inf)
     worst = int(np.nanargmax(losses))
@@ -93,10 +96,12 @@ def compare(
     loss = f"class {class_names[worst]} loses {losses[worst]:.4f} IoU, more than {config.max_class_drop}"
     none = f"the largest loss is {max(float(losses[worst]), 0.0):.4f}"
     asked = f"no class of {LARGE_CLASS_PIXELS} pixels or more loses over {config.max_class_drop} IoU"
-    checks = (better, Check(asked, loss if dropped else none, not dropped), *others)
+    checks = (better, enough, Check(asked, loss if dropped else none, not dropped), *others)
     reason = told
     if not better.passed:
         reason = f"{told} does not exclude zero"
+    elif not enough.passed:
+        reason = f"{told} rests on {images} images; at least {LEAST_IMAGES} are needed to be champion"
     elif refused := [check for check in checks if not check.passed]:
         reason = loss if refused[0].asked == asked else f"{refused[0].asked}: {refused[0].found}"
     classes = [

@@ -29,7 +29,7 @@ from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import RepsepError, UsageError
 from pipelines.evaluate import COUNTS, Counts, evaluate
 from pipelines.evaluation.measures import CLEAN, Measured
-from pipelines.gate import Decision, absolute_checks, compare, first, paired_bootstrap
+from pipelines.gate import Decision, absolute_checks, compare, first, gate_page, paired_bootstrap
 from pipelines.models import fetch_model, load_files
 from pipelines.prepare import prepare
 from pipelines.register import register
@@ -110,6 +110,19 @@ def test_a_model_that_is_better_on_a_few_images_only_has_not_shown_it() -> None:
     assert not decision.promoted
 
 
+@pytest.mark.parametrize(("images", "promoted"), [(1, False), (4, False), (5, True)])
+def test_a_better_model_on_a_few_images_only_has_not_shown_it_however_much_better(images: int, promoted: bool) -> None:
+    ours, theirs = (counts_of(right, images=images) for right in ([0.9, 0.9, 0.9], [0.8, 0.8, 0.8]))
+    decision = compare(ours, theirs, NAMES, GATE)
+    assert decision.figures["low"] > 0
+    assert decision.promoted == promoted
+    if not promoted:
+        assert decision.reason.endswith(f"] rests on {images} images; at least 5 are needed to be champion")
+        evaluation = {"dataset": "streets", "split": "val", "images": images}
+        page = gate_page(decision, model="b", champion="a", evaluation=evaluation)
+        assert f'<td>compared on 5 images or more</td><td>{images} images</td><td class="no">refused' in page
+
+
 def test_a_better_model_that_loses_one_large_class_is_kept_back_and_the_class_named() -> None:
     decision = compare(counts_of([0.95, 0.95, 0.7]), counts_of([0.8, 0.8, 0.8]), NAMES, GATE)
     assert decision.figures["low"] > 0
@@ -163,7 +176,7 @@ def test_a_better_model_below_a_floor_is_kept_back() -> None:
     decision = compare(counts_of([0.9, 0.9, 0.9]), counts_of([0.8, 0.8, 0.8]), NAMES, GATE, others)
     assert not decision.promoted
     assert decision.reason == "class road has an IoU of 0.5 or more: IoU 0.3000"
-    assert [check.passed for check in decision.checks] == [True, True, False]
+    assert [check.passed for check in decision.checks] == [True, True, True, False]
 
 
 @pytest.mark.parametrize(
