@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import boto3
 import jsonschema
 import pytest
 import yaml
@@ -83,7 +87,70 @@ def test_workers_find_the_head_and_the_head_finds_its_launcher() -> None:
     assert "--port=6379" in head
 
 
+def container_environment() -> dict[str, str]:
+    """What `docker run` sets; all commands run in there."""
+    given = (option.removeprefix("--env ") for option in CLUSTER["docker"]["run_options"] if "--env " in option)
+    return dict(each.split("=", 1) for each in given)
+
+
 def test_regions_agree() -> None:
     region = CLUSTER["provider"]["region"]
-    assert f"--env AWS_REGION={region}" in CLUSTER["docker"]["run_options"]
+    names = ("AWS_REGION", "AWS_DEFAULT_REGION")
+    assert {container_environment()[name] for name in names} == {region}
     assert all(zone[:-1] == region for zone in CLUSTER["provider"]["availability_zone"].split(","))
+
+
+TOKEN, TRACKING = "0123456789abcdef" * 4, "postgresql://mlflow:p%40ss@db:5432/mlflow"
+
+
+@pytest.fixture
+def container(moto_server: str, tmp_path: Path) -> dict[str, str]:
+    """The environment of the container, with keys and a store of secrets instead of the instance profile's."""
+    beside = Path(sys.executable).parent
+    ray = tmp_path / "bin" / "ray"
+    ray.parent.mkdir()
+    ray.write_text('#!/bin/sh\nprintf "%s: %s\\n" "$1" "$MLFLOW_TRACKING_URI" >>~/called\n')
+    ray.chmod(0o755)
+    return container_environment() | {
+        "PATH": f"{ray.parent}:{beside}:/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "AWS_ENDPOINT_URL": moto_server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+    }
+
+
+@pytest.fixture
+def secrets(moto_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    region = CLUSTER["provider"]["region"]
+    client = boto3.client("secretsmanager", region_name=region, endpoint_url=moto_server)
+    values = {"repsep/ray-token": TOKEN, "repsep/mlflow-uri": TRACKING}
+    for name, value in values.items():
+        client.create_secret(Name=name, SecretString=value)
+    yield
+    for name in values:
+        client.delete_secret(SecretId=name, ForceDeleteWithoutRecovery=True)
+
+
+def run(command: str, environment: dict[str, str]) -> int:
+    return subprocess.run(["bash", "-c", command], env=environment, check=False, timeout=120).returncode
+
+
+def test_the_head_gets_its_token_and_its_tracking_server_from_the_secrets_of_its_region(
+    container: dict[str, str], secrets: None, tmp_path: Path
+) -> None:
+    commands = [*CLUSTER["setup_commands"], *CLUSTER["head_start_ray_commands"]]
+    assert [run(command, container) for command in commands] == [0, 0, 0]
+    token = tmp_path / ".ray" / "auth_token"
+    assert token.read_text() == TOKEN
+    assert token.stat().st_mode & 0o077 == 0, "nobody else reads it"
+    assert (tmp_path / "called").read_text().splitlines() == ["stop: ", f"start: {TRACKING}"]
+
+
+def test_a_head_whose_secrets_are_missing_does_not_start(container: dict[str, str], tmp_path: Path) -> None:
+    (setup,), (_, start) = CLUSTER["setup_commands"], CLUSTER["head_start_ray_commands"]
+    assert run(setup, container) != 0
+    assert run(start, container) != 0
+    assert not (tmp_path / "called").exists()
