@@ -223,6 +223,7 @@ def test_the_recipe_that_pods_get_loads_and_is_for_more_than_one_machine(etc_rep
 def test_every_config_map_secret_and_key_that_is_named_exists() -> None:
     there = {("Secret", name): set(doc["stringData"]) for name, doc in of_kind("Secret").items()}
     there |= {("ConfigMap", name): set(doc["data"]) for name, doc in of_kind("ConfigMap").items()}
+    offered = set(re.findall(r"^  # ([A-Z_]+): ", (KUBERAY / "settings.yaml").read_text(), re.MULTILINE))
     used = set()
     for pod in pods():
         for container in pod.containers:
@@ -233,7 +234,7 @@ def test_every_config_map_secret_and_key_that_is_named_exists() -> None:
             for item in container.get("env", []):
                 for kind, ref in item.get("valueFrom", {}).items():
                     owner = ({"secretKeyRef": "Secret", "configMapKeyRef": "ConfigMap"}[kind], ref["name"])
-                    assert ref["key"] in there[owner], item
+                    assert ref["key"] in (offered if ref.get("optional") else there[owner]), item
                     used.add(owner)
             volumes = {volume["name"]: volume for volume in pod.spec.get("volumes", [])}
             for mount in container.get("volumeMounts", []):
@@ -243,6 +244,22 @@ def test_every_config_map_secret_and_key_that_is_named_exists() -> None:
         assert "auth_token" in there[("Secret", cluster["authOptions"]["secretName"])]
         used.add(("Secret", cluster["authOptions"]["secretName"]))
     assert used == set(there), "named and made are the same"
+
+
+def test_mlflow_is_told_of_the_store_what_ray_is_told() -> None:
+    """Ray's pods take the whole of `repsep-environment`; boto3, which MLflow stores with, reads these two of it."""
+    (container,) = of_kind("Deployment")["mlflow"]["spec"]["template"]["spec"]["containers"]
+    taken = {item["name"]: item["valueFrom"]["configMapKeyRef"] for item in container["env"] if "AWS" in item["name"]}
+    reference = {"name": "repsep-environment"}
+    assert taken == {
+        "AWS_DEFAULT_REGION": reference | {"key": "AWS_DEFAULT_REGION"},
+        "AWS_ENDPOINT_URL": reference | {"key": "AWS_ENDPOINT_URL", "optional": True},
+    }
+    environment = of_kind("ConfigMap")["repsep-environment"]["data"]
+    assert environment["AWS_DEFAULT_REGION"] == environment["AWS_REGION"]
+    for name, cluster in ray_clusters().items():
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            assert {"configMapRef": reference} in group["template"]["spec"]["containers"][0]["envFrom"], name
 
 
 def test_a_service_leads_to_the_port_of_its_pods() -> None:

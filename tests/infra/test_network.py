@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.infra.manifests import Doc, mappings, of_kind, pods, ray_clusters
+from tests.infra.manifests import KUBERAY, Doc, mappings, of_kind, pods, ray_clusters
 
 POLICIES = list(of_kind("NetworkPolicy").values())
 RAY, MLFLOW, POSTGRES, SUBMITTER, WORKFLOW = (
@@ -128,6 +129,21 @@ def test_every_port_that_a_pod_declares_can_be_reached_by_somebody() -> None:
     assert {port for _, port in declared} == {5000, 5432, 6379, 8080, 8265, 10001}
     for labels, port in declared:
         assert any(passes(side, dict(labels), port) for side in everybody), port
+
+
+def test_the_rule_that_a_comment_offers_leads_to_a_store_in_the_cluster_and_to_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = (KUBERAY / "networkpolicy.yaml").read_text()
+    offered = re.search(r"^    # - to:\n(    #  .*\n)+", text, re.MULTILINE)
+    assert offered is not None
+    rule = offered[0].replace("    # ", "    ")
+    assert not any(passes(side, {"namespace": "store"}, 9000) for side in (RAY, MLFLOW))
+    monkeypatch.setattr("tests.infra.test_network.POLICIES", list(yaml.safe_load_all(text.replace(offered[0], rule))))
+    assert all(passes(side, {"namespace": "store"}, 9000) for side in (RAY, MLFLOW))
+    assert not any(passes(side, {"namespace": "store"}, 9000) for side in (POSTGRES, SUBMITTER, STRANGER))
+    assert not passes(RAY, {"namespace": "store"}, 22)
+    assert not passes(RAY, NAMESPACES["default"], 9000)
 
 
 def test_a_policy_that_lacks_a_port_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
