@@ -36,6 +36,7 @@ FILE, PLOT = RESULTS / "robustness.jsonl", RESULTS / "robustness.png"
 CLEAN = "clean"
 LEARNED = 0.3
 SHOWN = ("retention", "corrupted_miou")
+PAIRS = [("full", "local"), ("full", "baseline"), ("local", "baseline")]
 
 
 def measure(arm: str, seed: int, name: str, every: int) -> dict[str, Any]:
@@ -67,11 +68,14 @@ def main() -> None:
     if options.action == "show":
         if (missing := _missing(arms)) is not None:
             raise SystemExit(f"{missing} is not measured yet: run the action `run` to its end")
-        print(table(arms))
-        print(f"\nOnly {', '.join(learned(arms))}, which every arm knows (IoU of {LEARNED} or more on clean images):\n")
-        print(table(arms, learned(arms)))
-        print()
-        print(differences(by_seed(arms), [("full", "local"), ("full", "baseline"), ("local", "baseline")], SHOWN))
+        for classes in ((), learned(arms)):
+            if classes:
+                print(
+                    f"\nOnly {', '.join(classes)}, which every arm knows (IoU of {LEARNED} or more on clean images):\n"
+                )
+            print(table(arms, classes))
+            print()
+            print(differences(by_seed(arms, classes), PAIRS, SHOWN))
         figure(arms).savefig(PLOT, dpi=120)
         return
     done = {(r["arm"], r["seed"], r["corruption"]) for r in _records()}
@@ -110,13 +114,13 @@ def _of(arm: str, classes: Sequence[str] = (), seed: int | None = None) -> tuple
     return points.pop((CLEAN, 0)), points
 
 
-def by_seed(arms: Sequence[str]) -> dict[str, dict[int, dict[str, float]]]:
-    """Retention and corrupted mIoU of each arm and seed."""
+def by_seed(arms: Sequence[str], classes: Sequence[str] = ()) -> dict[str, dict[int, dict[str, float]]]:
+    """Retention and corrupted mIoU of each arm and seed, over these classes or all."""
     found: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in arms}
     for record in _records():
         arm, seed = record["arm"], record["seed"]
         if arm in found and seed not in found[arm]:
-            clean, points = _of(arm, seed=seed)
+            clean, points = _of(arm, classes, seed)
             mean = float(np.mean(list(points.values())))
             found[arm][seed] = {"retention": retention(clean, points).overall, "corrupted_miou": mean}
     return found
