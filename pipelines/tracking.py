@@ -28,6 +28,8 @@ from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
 
 from pipelines.config import TrackingConfig
 from pipelines.errors import RepsepError, UsageError
@@ -42,6 +44,9 @@ REFUSALS = (400, 404)
 """HTTP statuses of those errors that stay the same however often one asks: a wrong value, a run that is not there."""
 
 
+RETRIES, TIMEOUT = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"
+CONTACT_S, ATTEMPT_S, SILENT_S = 10.0, 5, 3.0
+"""How long a server that does not answer is waited for, each attempt of that, and the time before a person is told."""
 DIGEST_TAG = "repsep.model_digest"
 """Of a registered version: the digest of its files, by which damage is found."""
 REPLACE = "Put them back, or make another version champion: `repsep models rollback`, `repsep models promote`"
@@ -67,10 +72,35 @@ def tracking_uri(config: TrackingConfig) -> str:
 
 
 def client_for(uri: str) -> MlflowClient:
-    """An MLflow client; usage telemetry and download bars are switched off for this process."""
+    """An MLflow client; usage telemetry and download bars are switched off for this process.
+
+    Raises RepsepError within 15 s where no server answers.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if uri.startswith("http") and RETRIES not in os.environ:
+        _wait_for_server(uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _wait_for_server(uri: str) -> None:
+    """MLflow's own retries take minutes without a word; whoever has set them has chosen how long to wait."""
+    began, said = time.monotonic(), False
+    while True:
+        try:
+            with answering(uri):
+                timeout = None if TIMEOUT in os.environ else ATTEMPT_S
+                # Raises also for what a proxy answers whose server is away; whatever else is said, it is there.
+                http_request(get_default_host_creds(uri), "/health", "GET", max_retries=0, timeout=timeout)
+            return
+        except RepsepError:
+            waited = time.monotonic() - began
+            if waited > CONTACT_S:
+                raise
+            if waited > SILENT_S and not said:
+                say(f"waiting for MLflow at {shown(uri)}")
+                said = True
+        time.sleep(1)
 
 
 def fail_soon() -> None:
@@ -78,8 +108,8 @@ def fail_soon() -> None:
 
     One retry of MLflow's own would also be a warning of urllib3's each time.
     """
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault(RETRIES, "0")
+    os.environ.setdefault(TIMEOUT, "10")
 
 
 def start_run(
@@ -230,17 +260,22 @@ def metric_history(config: TrackingConfig, run_id: str, name: str) -> list[tuple
     """(step, value) pairs in order of step; a step that was repeated after a resume has its latest value."""
     uri = tracking_uri(config)
     with answering(uri):
-        found = client_for(uri).get_metric_history(run_id, name)
-    return sorted({m.step: m.value for m in sorted(found, key=lambda m: m.timestamp)}.items())
+        return _history(client_for(uri), run_id, name)
 
 
 def metric_histories(config: TrackingConfig, run_id: str, wanted: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
     """The histories of those metrics that the run has; a name that ends with a slash stands for all below it."""
     uri = tracking_uri(config)
     with answering(uri):
-        known = sorted(client_for(uri).get_run(run_id).data.metrics)
-    names = [name for name in known if any(name == w or (w.endswith("/") and name.startswith(w)) for w in wanted)]
-    return {name: metric_history(config, run_id, name) for name in names}
+        client = client_for(uri)
+        known = sorted(client.get_run(run_id).data.metrics)
+        names = [name for name in known if any(name == w or (w.endswith("/") and name.startswith(w)) for w in wanted)]
+        return {name: _history(client, run_id, name) for name in names}
+
+
+def _history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
+    found = client.get_metric_history(run_id, name)
+    return sorted({m.step: m.value for m in sorted(found, key=lambda m: m.timestamp)}.items())
 
 
 def describe_version(config: TrackingConfig, name: str, version: str, text: str) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +64,76 @@ def test_a_server_that_is_away_is_an_error_whose_traceback_holds_no_password(
         call(nobody)
     assert not isinstance(caught.value, tracking.RefusedError)
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+class Registry(BaseHTTPRequestHandler):
+    """Has no run; before it is up a proxy answers for it."""
+
+    up: threading.Event
+
+    def do_GET(self) -> None:
+        self.send_response(404 if self.up.is_set() else 503)
+        self.end_headers()
+        self.wfile.write(json.dumps({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such run"}).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[HTTPServer]:
+    Registry.up = threading.Event()
+    with HTTPServer(("127.0.0.1", 0), Registry) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def unset(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Nobody has said how long MLflow is to be waited for."""
+    for name in (tracking.RETRIES, tracking.TIMEOUT):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tracking, "SILENT_S", 0.0)
+    return monkeypatch
+
+
+def test_a_server_that_never_answers_is_reported_within_seconds_and_waiting_for_it_is_said(
+    nobody: TrackingConfig, unset: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tracking.CONTACT_S + tracking.ATTEMPT_S <= 15
+    unset.setattr(tracking, "CONTACT_S", 1.5)
+    began = time.monotonic()
+    with pytest.raises(RepsepError, match=r"MLflow at http://127.* cannot be used: API request to"):
+        tracking.start_run(nobody, "train")
+    assert time.monotonic() - began < 60, "MLflow's own retries take four minutes"
+    said = capsys.readouterr().err
+    assert said.count("waiting for MLflow at http://127.0.0.1") == 1
+    assert "hunter2" not in said
+
+
+def test_a_server_that_comes_up_meanwhile_is_used(server: HTTPServer, unset: pytest.MonkeyPatch) -> None:
+    unset.setattr(tracking, "say", lambda message: Registry.up.set())
+    assert not tracking.run_exists(TrackingConfig(uri=f"http://127.0.0.1:{server.server_port}"), "0" * 32)
+    assert Registry.up.is_set()
+
+
+def test_a_proxy_whose_server_is_away_is_no_server(server: HTTPServer, unset: pytest.MonkeyPatch) -> None:
+    unset.setattr(tracking, "CONTACT_S", 0.0)
+    with pytest.raises(RepsepError, match=r"cannot be used: .*503"):
+        tracking.run_exists(TrackingConfig(uri=f"http://127.0.0.1:{server.server_port}"), "0" * 32)
+
+
+def test_whoever_has_set_mlflows_retries_has_chosen_how_long_to_wait(
+    nobody: TrackingConfig, unset: pytest.MonkeyPatch
+) -> None:
+    unset.setenv(tracking.RETRIES, "1")
+    unset.setattr(tracking, "say", lambda message: pytest.fail("it was waited for otherwise"))
+    with pytest.raises(RepsepError, match="cannot be used") as caught:
+        tracking.start_run(nobody, "train")
+    assert "/health" not in str(caught.value)
 
 
 def test_to_end_a_run_on_a_server_that_is_away_is_only_a_warning(
