@@ -17,7 +17,6 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipelines import tracking
+from pipelines import tracking, unsent
 from pipelines.config import EvaluateConfig, Recipe
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import RepsepError, UsageError
@@ -70,10 +69,11 @@ def evaluate(workspace: str, recipe: Recipe, instead: EvaluateConfig | None = No
     mlflow_run = None
     model_uri = config.model
     if model_uri is None:
-        trained = latest_receipt(workspace, "train").results
-        model_uri, mlflow_run = trained["model"], trained["mlflow_run"]
+        trained = latest_receipt(workspace, "train")
+        unsent.send(recipe.tracking, trained)
+        model_uri, mlflow_run = trained.results["model"], trained.results["mlflow_run"]
     with fetch_model(model_uri, recipe.tracking) as model:
-        return run_stage(
+        receipt = run_stage(
             "evaluate",
             workspace=workspace,
             config=config.model_copy(update={"model": None, "dataset": None}),  # their digests count, not their places
@@ -82,6 +82,9 @@ def evaluate(workspace: str, recipe: Recipe, instead: EvaluateConfig | None = No
             latest=instead is None,
             body=lambda run: _evaluate(run, config, dataset, model, recipe, mlflow_run),
         )
+    if receipt.cached:
+        unsent.send(recipe.tracking, receipt)
+    return receipt
 
 
 def read_counts(receipt: Receipt) -> tuple[list[str], Counts]:
@@ -177,7 +180,7 @@ def _evaluate(
     pictures = [*(f"{OVERLAYS}/{n:03d}.jpg" for n in measured.pictures), *(w["picture"] for w in run.results["worst"])]
     run.outputs = [PER_IMAGE, CONFUSION, CALIBRATION, DIAGNOSTICS, UNJUDGED, PAGE, *pictures]
     if mlflow_run is not None:
-        _log(recipe, mlflow_run, run.results, page)
+        _log(recipe, mlflow_run, run, page)
 
 
 def _about(judged: FetchedModel | Predictions, config: EvaluateConfig) -> dict[str, Any]:
@@ -189,7 +192,8 @@ def _about(judged: FetchedModel | Predictions, config: EvaluateConfig) -> dict[s
     return {"model": judged.uri, "model_digest": judged.digest, "predictions": None} | ways
 
 
-def _log(recipe: Recipe, mlflow_run: str, results: Mapping[str, Any], page: str) -> None:
+def _log(recipe: Recipe, mlflow_run: str, run: StageRun, page: str) -> None:
+    results = run.results
     names = (*MEANS, "boundary_miou", "ece", "retention", "prior_miou")
     values = {f"eval/{name}": results[name] for name in names if results[name] is not None}
     values |= {f"eval_iou/{name}": iou for name, iou in results["iou"].items() if iou is not None}
@@ -198,8 +202,10 @@ def _log(recipe: Recipe, mlflow_run: str, results: Mapping[str, Any], page: str)
             logger = tracking.RunLogger(tracking.tracking_uri(recipe.tracking), mlflow_run)
             logger.metrics(values)
             logger.text(page, PAGE)
-    except RepsepError as error:  # the receipt has them: no reason to lose an evaluation
-        say(f"evaluate: warning: the scores are not in MLflow: {error}")
+            logger.finish_if_running()
+    except RepsepError as error:  # no reason to lose an evaluation
+        unsent.keep(run.folder, mlflow_run, metrics=tracking.measured(values, 0), files={PAGE: page.encode()})
+        say(f"evaluate: warning: the scores are not in MLflow, they are kept for it: {error}")
 
 
 def _worst(

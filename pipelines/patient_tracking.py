@@ -1,7 +1,7 @@
 """MLflow that is away for a while: what needs its answer waits, what is only written goes on without.
 
 A training's metrics are written by a thread. What is due meanwhile is kept, within bounds, and tried again; that is
-said once. Metrics keep the time at which they were measured.
+said once. Metrics keep the time at which they were measured. What is left at the end is kept on (unsent.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 
 from pipelines.errors import RepsepError
 from pipelines.progress import say
+from pipelines.storage import Folder
 from pipelines.tracking import RefusedError, RunLogger, fail_soon, measured, shown
+from pipelines.unsent import keep
 
 METRICS_KEPT, FILES_KEPT = 50_000, 16
 BATCH = 1000
@@ -55,17 +57,26 @@ def patiently(
 class PatientLogger:
     """Metrics and small files of one run. Beyond what is kept the oldest are lost, and counted.
 
-    Start it in a process that needs MLflow for nothing else: its requests fail soon there.
+    What is left at the end goes to the folder `unsent`. Start it in a process that needs MLflow for nothing else: its
+    requests fail soon there.
     """
 
-    def __init__(self, logger: RunLogger, *, metrics_kept: int = METRICS_KEPT, pause_s: float = 1.0) -> None:
-        self.logger, self.metrics_kept, self.pause_s = logger, metrics_kept, pause_s
+    def __init__(
+        self,
+        logger: RunLogger,
+        unsent: Folder | None = None,
+        *,
+        metrics_kept: int = METRICS_KEPT,
+        pause_s: float = 1.0,
+    ) -> None:
+        self.logger, self.unsent, self.metrics_kept, self.pause_s = logger, unsent, metrics_kept, pause_s
         self.lost = 0
         self._metrics: deque[Any] = deque()
         self._files: deque[tuple[str, bytes]] = deque()
-        self._under_way = 0
+        self._under_way: list[Any] = []
         self._changed = threading.Condition()
         self._closing = self._refused = False
+        self._deadline = 0.0
         fail_soon()
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
         self._thread.start()
@@ -78,15 +89,27 @@ class PatientLogger:
         self._add(self._files, [(name, data)])
 
     def close(self, within_s: float = 30.0) -> None:
-        """A last attempt, and no longer than `within_s`; says what was not written."""
+        """Goes on trying for `within_s`; says what was not written, and keeps it."""
         with self._changed:
-            self._closing = True
+            self._closing, self._deadline = True, time.monotonic() + within_s
             self._changed.notify_all()
         self._thread.join(within_s)
         with self._changed:
-            missing = self.lost + self._under_way + len(self._metrics) + len(self._files)
-        if missing:
-            say(f"warning: {missing} metrics and pictures of the run {self.logger.run_id} were not written to MLflow")
+            left = [*self._under_way, *self._metrics, *self._files]
+        if left or self.lost:
+            count, run, kept = self.lost + len(left), self.logger.run_id, self._keep(left)
+            say(f"warning: {count} metrics and pictures of the run {run} were not written to MLflow; {kept}")
+
+    def _keep(self, left: list[Any]) -> str:
+        if not left or self.unsent is None:
+            return "they are lost"
+        files = {item[0]: item[1] for item in left if isinstance(item, tuple)}
+        metrics = [item for item in left if not isinstance(item, tuple)]
+        try:
+            keep(self.unsent, self.logger.run_id, metrics=metrics, files=files)
+        except RepsepError as error:
+            return f"they are lost: {error}"
+        return f"{len(left)} are kept in {self.unsent.uri} and sent by the next evaluation or workflow"
 
     def _add(self, queue: deque[Any], items: list[Any], *, front: bool = False) -> None:
         with self._changed:
@@ -102,23 +125,27 @@ class PatientLogger:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._metrics or self._files or self._closing)
-                last = self._closing
+                if not self._metrics and not self._files:
+                    return
+                closing = self._closing
             try:
                 self._round()
             except Exception as error:  # of MLflow, a database driver, the store of the artifacts: none may end the run
                 if not away:
                     say(f"warning: MLflow cannot be written to, training goes on: {shown(str(error))[:400]}")
                 away = True
-                if not last:
-                    with self._changed:
+                with self._changed:
+                    if not closing:
                         self._changed.wait_for(lambda: self._closing, timeout=pause)
-                    pause = min(2 * pause, LONGEST_PAUSE_S)
+                    elif time.monotonic() < self._deadline:
+                        self._changed.wait(self.pause_s)
+                    else:
+                        return
+                pause = min(2 * pause, LONGEST_PAUSE_S)
             else:
                 if away:
                     say("MLflow can be written to again; what was due is there")
                 pause, away = self.pause_s, False
-            if last:
-                return
 
     def _round(self) -> None:
         """Write all that is due, metrics first."""
@@ -133,7 +160,7 @@ class PatientLogger:
         while True:
             with self._changed:
                 batch = [queue.popleft() for _ in range(min(size, len(queue)))]
-                self._under_way = len(batch)
+                self._under_way = batch
             if not batch:
                 return
             try:
@@ -147,4 +174,4 @@ class PatientLogger:
                 self._add(queue, batch, front=True)
                 raise
             finally:
-                self._under_way = 0
+                self._under_way = []

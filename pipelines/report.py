@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pipelines import tracking
+from pipelines import tracking, unsent
 from pipelines.config import Recipe, Section
 from pipelines.dataset import open_dataset
 from pipelines.errors import RepsepError, UsageError
@@ -33,7 +33,7 @@ def report(workspace: str, recipe: Recipe, receipts: Sequence[Receipt], name: st
 
     `name` is what the recipe's file is called; another one makes no other report.
     """
-    return run_stage(
+    receipt = run_stage(
         "report",
         workspace=workspace,
         config=_NoSettings(),
@@ -41,6 +41,9 @@ def report(workspace: str, recipe: Recipe, receipts: Sequence[Receipt], name: st
         packages=PACKAGES,
         body=lambda run: _write(run, recipe, receipts, name),
     )
+    for done in (*receipts, receipt) if receipt.cached else receipts:
+        unsent.send(recipe.tracking, done)
+    return receipt
 
 
 def latest_receipts(workspace: str) -> list[Receipt]:
@@ -89,16 +92,18 @@ def _write(run: StageRun, recipe: Recipe, receipts: Sequence[Receipt], name: str
         "overlays": len(bulk["pictures"]) if bulk else 0,
     }
     if facts["gate"] is not None:
-        _describe_version(recipe, facts["gate"], card)
+        _describe_version(run, recipe, facts["gate"], card)
 
 
-def _describe_version(recipe: Recipe, gate: Row, card: str) -> None:
-    """The card with the registered version. That MLflow is away is only said: the card lies beside the page."""
+def _describe_version(run: StageRun, recipe: Recipe, gate: Row, card: str) -> None:
+    """The card with the registered version. While MLflow is away it is kept for it."""
     artifact = f"card/{gate['name']}-{gate['version']}.md"
+    text = description_of(card, artifact, tracking.DESCRIPTION_LIMIT)
     try:
         logger = tracking.RunLogger(tracking.tracking_uri(recipe.tracking), gate["mlflow_run"])
         logger.text(card, artifact)
-        text = description_of(card, artifact, tracking.DESCRIPTION_LIMIT)
         tracking.describe_version(recipe.tracking, gate["name"], gate["version"], text)
     except RepsepError as error:
-        say(f"report: warning: the model card is not in MLflow: {error}")
+        described = (gate["name"], gate["version"], text)
+        unsent.keep(run.folder, gate["mlflow_run"], files={artifact: card.encode()}, described=described)
+        say(f"report: warning: the model card is not in MLflow, it is kept for it: {error}")

@@ -199,7 +199,12 @@ class RunLogger:
 
     def artifact(self, file: Path, folder: str | None = None) -> None:
         with answering(self.uri):
-            self.client.log_artifact(self.run_id, str(file), folder)
+            try:
+                self.client.log_artifact(self.run_id, str(file), folder)
+            except (MlflowException, RepsepError):
+                raise
+            except Exception as error:  # of the client of whatever store holds the artifacts
+                raise RepsepError(f"MLflow's artifact {file.name} cannot be written: {shown(str(error))}") from None
 
     def content(self, data: bytes, name: str) -> None:
         """An artifact from memory; `name` may hold folders."""
@@ -211,11 +216,17 @@ class RunLogger:
     def text(self, content: str, name: str) -> None:
         self.content(content.encode(), name)
 
+    def finish_if_running(self) -> None:
+        """End a run of which `finish` could not tell MLflow."""
+        with answering(self.uri):
+            if self.client.get_run(self.run_id).info.status == "RUNNING":
+                self.client.set_terminated(self.run_id)
+
     def finish(self, status: str = "FINISHED") -> None:
         """End the run. That MLflow is away is only said: what was computed is not lost for it."""
         try:
-            with answering(self.uri):
-                self.client.set_terminated(self.run_id, status)
+            with answering(self.uri):  # a client of now: hours after the first it is not known whether MLflow is there
+                client_for(self.uri).set_terminated(self.run_id, status)
         except RepsepError as error:
             say(f"warning: the run {self.run_id} could not be marked {status}: {error}")
 
@@ -224,6 +235,11 @@ def measured(values: Mapping[str, float], step: int) -> list[Metric]:
     """Metrics as of now: when they are written does not matter."""
     now = int(time.time() * 1000)
     return [Metric(metric_name(name), float(v), now, step) for name, v in values.items() if v == v]
+
+
+def metric_of(key: str, value: float, timestamp: int, step: int) -> Metric:
+    """One that was `measured` before."""
+    return Metric(key, value, timestamp, step)
 
 
 def metric_name(name: str) -> str:

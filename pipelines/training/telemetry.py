@@ -22,6 +22,7 @@ from pipelines.config import TrainConfig
 from pipelines.patient_tracking import PatientLogger
 from pipelines.pictures import Sample, encoded, stacked, triptych
 from pipelines.progress import Progress
+from pipelines.storage import Folder
 from pipelines.tracking import MachineMonitor, RunLogger
 from repsep_model.metrics import Scores
 
@@ -32,7 +33,8 @@ SAMPLES, SAMPLE_SIDE = 4, 384
 class Telemetry:
     """One rank's view of the training. `classes` is the dataset's list, `done` of `total` steps are behind us.
 
-    `driver_bar`: a person watches the driver, which draws a bar for us; otherwise rank 0 writes lines.
+    `driver_bar`: a person watches the driver, which draws a bar for us; otherwise rank 0 writes lines. `unsent`: where
+    what MLflow could not be given is kept.
 
         with telemetry.waiting():
             batch = next(batches)
@@ -56,11 +58,12 @@ class Telemetry:
         total: int,
         optimizer: torch.optim.Optimizer | None = None,
         driver_bar: bool = False,
+        unsent: Folder | None = None,
     ) -> None:
         self.classes, self.log_every, self.optimizer = classes, config.runtime.log_every, optimizer
         self.clock = Clock(config.batch_size)
         first = rank == 0
-        self.logger = PatientLogger(logger) if first and logger is not None else None
+        self.logger = PatientLogger(logger, unsent) if first and logger is not None else None
         self.machine = MachineMonitor() if self.logger is not None else None
         bar = DriverBar(total=total - done, unit="step") if first and driver_bar else None
         label = f"train: from step {done}" if bar is not None and done else "train: step"

@@ -103,6 +103,7 @@ class Worker:
             total=config.steps,
             optimizer=self.state.optimizer,
             driver_bar=settings.driver_bar,
+            unsent=Folder(checkpoints_uri.rpartition("/ray/")[0] or checkpoints_uri),  # the stage's own
         )
 
     def batches(self) -> Iterator[list[tuple[Tensor, Tensor]]]:

@@ -36,12 +36,14 @@ class Store:
         self.away = threading.Event()
         self.refuses: set[str] = set()
         self.stuck: threading.Event | None = None
-        self.attempts = 0
+        self.attempts, self.back_at = 0, -1
         self.found: list[Any] = []
         self.files: dict[str, bytes] = {}
 
     def write(self, metrics: list[Any]) -> None:
         self.attempts += 1
+        if self.attempts == self.back_at:
+            self.away.clear()
         if self.stuck is not None:
             self.stuck.wait(60)
         if self.away.is_set():
@@ -117,8 +119,19 @@ def test_what_could_not_be_written_is_counted_at_the_end(store: Store, capsys: p
     logger = patient(store)
     logger.metrics({"loss": 1, "lr": 2}, 1)
     logger.file(b"picture", "a.png")
-    logger.close()
+    logger.close(within_s=0.2)
     assert "3 metrics and pictures" in capsys.readouterr().err
+
+
+def test_when_it_is_closed_it_goes_on_trying(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    store.away.set()
+    logger = patient(store)
+    logger.metrics({"loss": 1}, 1)
+    wait_for(lambda: store.attempts >= 1)
+    store.back_at = store.attempts + 20
+    logger.close(within_s=60)
+    assert [m.step for m in store.found] == [1]
+    assert "not written" not in capsys.readouterr().err
 
 
 def test_memory_is_bounded_and_the_newest_are_kept(store: Store, capsys: pytest.CaptureFixture[str]) -> None:

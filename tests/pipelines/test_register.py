@@ -34,8 +34,8 @@ from pipelines.models import fetch_model, load_files
 from pipelines.prepare import prepare
 from pipelines.register import register
 from pipelines.segment import segment
-from pipelines.stage import Receipt
-from pipelines.tracking import client_for, tracking_uri
+from pipelines.stage import Receipt, StageRun, run_stage
+from pipelines.tracking import client_for, start_run, tracking_uri
 from pipelines.workflow import describe
 from repsep_model.checkpoint import save_segmentor
 from repsep_model.images import decode_image, decode_mask
@@ -43,6 +43,7 @@ from repsep_model.inference import segment_image
 from repsep_model.metrics import CALIBRATION_BINS
 from tests.model.tiny import VIT, tiny_segmentor
 from tests.pipelines.layout import CLASSES, encoded, picture, write_source
+from tests.ports import free_ports
 
 NAMES = [c["name"] for c in CLASSES]
 K = len(CLASSES)
@@ -614,6 +615,26 @@ def test_a_model_is_registered_again_where_the_registry_is_another(
     receipt = register(str(recipe.workspace), moved)
     assert (receipt.results["alias"], receipt.results["reason"]) == ("champion", "first")
     assert digest("models:/streets@champion", moved) == digest("models:/streets@champion", recipe)
+
+
+def test_scores_that_mlflow_could_not_take_are_sent_when_the_evaluation_is_called_again(
+    recipe: Recipe, models: dict[str, Path], judged: list[str], client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    run_id, work = start_run(recipe.tracking, "train"), str(recipe.workspace)
+
+    def trained(run: StageRun) -> None:
+        run.results = {"model": str(models["first"]), "mlflow_run": run_id}
+
+    run_stage("train", workspace=work, config=GATE, inputs={}, packages=("jobs",), body=trained)
+    away = recipe.model_copy(update={"tracking": TrackingConfig(uri=f"http://127.0.0.1:{free_ports(1)[0]}")})
+    done = evaluate(work, away)
+    assert "eval/miou" not in client.get_run(run_id).data.metrics
+    assert evaluate(work, recipe).cached
+    assert client.get_run(run_id).data.metrics["eval/miou"] == pytest.approx(done.results["miou"])
+    assert [file.path for file in client.list_artifacts(run_id)] == ["evaluation.html"]
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert judged == ["first"]
 
 
 def test_a_model_that_changed_since_it_was_evaluated_is_refused(

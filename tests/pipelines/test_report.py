@@ -20,7 +20,7 @@ from jobs.cli import repsep
 from pipelines import evaluate as evaluate_stage
 from pipelines import tracking
 from pipelines.bulk.commits import CLASSES as CLASSES_FILE
-from pipelines.config import EvaluateConfig, Recipe, Section
+from pipelines.config import EvaluateConfig, Recipe, Section, TrackingConfig
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import UsageError
 from pipelines.evaluate import evaluate
@@ -40,6 +40,7 @@ from tests.model.tiny import VIT, tiny_segmentor
 from tests.pipelines.bulk.test_page import REPORT, Bulk, Tags, failed_row
 from tests.pipelines.conftest import TINY_MODEL
 from tests.pipelines.layout import CLASSES, encoded, ids, picture, write_classes, write_pair
+from tests.ports import free_ports
 
 HOSTILE = "<script>alert(1)</script>"
 NAMES = ["sky", "road", HOSTILE]
@@ -423,6 +424,23 @@ def test_the_card_goes_with_the_registered_version(story: Story) -> None:
     assert version.description == card
     artifact = client.download_artifacts(registered["mlflow_run"], "card/streets-2.md")
     assert Path(artifact).read_text() == card
+
+
+def test_a_card_that_mlflow_could_not_take_is_sent_when_the_report_is_called_again(
+    story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = story.recipe.model_copy(update={"tracking": TrackingConfig(uri=f"http://127.0.0.1:{free_ports(1)[0]}")})
+    done = report(story.workspace, away, [story.of("evaluate"), story.of("register")])
+    card = done.folder.read("model_card.md").decode()
+    client = tracking.client_for(tracking.tracking_uri(story.recipe.tracking))
+    assert client.get_model_version("streets", "2").description != card
+    assert report(story.workspace, story.recipe, [story.of("evaluate"), story.of("register")]).cached
+    assert client.get_model_version("streets", "2").description == card
+    kept = tracking.read_artifact(
+        story.recipe.tracking, story.of("register").results["mlflow_run"], "card/streets-2.md"
+    )
+    assert kept.decode() == card
 
 
 def test_a_description_that_is_too_long_is_cut_between_sections() -> None:
