@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,11 +21,10 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.checkout import ROOT, checkout
 from tests.pipelines.conftest import TINY_MODEL
 
-ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-STACK = ROOT / "infra/dev/stack.sh"
 PATIENCE_S = 900
 
 pytestmark = [
@@ -37,9 +37,9 @@ pytestmark = [
 ]
 
 
-def ten_free_ports() -> int:
+def ten_free_ports(least: int) -> int:
     """The first of ten in a row that nobody listens on, below those that the system gives out to anybody."""
-    for first in range(20000, 30000, 10):
+    for first in range(least, 30000, 10):
         with contextlib.suppress(OSError), contextlib.ExitStack() as held:
             for port in range(first, first + 10):
                 held.enter_context(socket.create_server(("127.0.0.1", port)))
@@ -51,21 +51,33 @@ class Stack:
     """The running services, and commands as a person at the terminal gives them."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.checkout = checkout(folder)
         self.own = os.environ | {
-            "BIN": str(BIN),
-            "FIRST_PORT": str(ten_free_ports()),
             "RAY_CPUS": "2",
+            "START_SECONDS": "600",
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         }
-        self.call("up", str(folder))
-        listed = subprocess.run(["bash", "-c", f". {folder}/env.sh && env -0"], env=self.own, capture_output=True)
-        self.environment = dict(line.split("=", 1) for line in listed.stdout.decode().split("\0") if "=" in line)
-        self.environment["REPSEP_HOME"] = str(folder / "home")
+        self.environment: dict[str, str] = {}
 
-    def call(self, *arguments: str) -> None:
+    def up(self) -> None:
+        """Start it on free ports, not those from before; only this verb is told which."""
+        least = 10 + int(self.environment.get("STACK_FIRST_PORT", "20000"))
+        self.call("make", "stack-up", FIRST_PORT=str(ten_free_ports(least)))
+        listed = subprocess.run(
+            ["bash", "-c", ". .repsep/stack/env.sh && env -0"], cwd=self.checkout, env=self.own, capture_output=True
+        )
+        self.environment = dict(line.split("=", 1) for line in listed.stdout.decode().split("\0") if "=" in line)
+        self.environment["REPSEP_HOME"] = str(self.checkout / "home")
+
+    def restart(self, service: str) -> None:
+        self.call("bash", "infra/dev/stack.sh", "restart", service)
+
+    def down(self) -> None:
+        self.call("make", "stack-down")
+
+    def call(self, *arguments: str, **more: str) -> None:
         done = subprocess.run(
-            ["bash", str(STACK), *arguments], env=self.own, capture_output=True, text=True, timeout=PATIENCE_S
+            arguments, cwd=self.checkout, env=self.own | more, capture_output=True, text=True, timeout=PATIENCE_S
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -86,18 +98,18 @@ class Stack:
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    folder = tmp_path_factory.mktemp("stack")
-    for place in (folder, *folder.parents):  # PostgreSQL runs as its own user, who must get there
-        if place.stat().st_uid == os.getuid() and place != Path("/"):
-            place.chmod(place.stat().st_mode | 0o011)
-    running = None
+def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
+    # PostgreSQL runs as its own user, who must get there; and pytest's own folder is closed by the next pytest.
+    folder = Path(tempfile.mkdtemp(prefix="stack-"))
+    folder.chmod(0o755)
+    started = Stack(folder)
     try:
-        running = Stack(folder)
-        yield running
+        started.up()
+        yield started
     finally:
-        ports = running.own if running else os.environ
-        subprocess.run(["bash", str(STACK), "down", str(folder)], env=ports, check=True, timeout=PATIENCE_S)
+        started.down()
+    if not request.session.testsfailed:  # the logs are there
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -154,19 +166,25 @@ def test_train_register_and_segment_through_jobs_and_the_command_line(stack: Sta
     assert again["cached"]
 
 
-def test_a_training_goes_on_while_mlflow_is_restarted_and_nothing_is_missing(
+def test_mlflow_and_its_database_are_restarted_in_the_middle_and_all_stages_go_on_and_are_whole(
     stack: Stack, recipe: Path, tmp_path: Path
 ) -> None:
-    stack.run("repsep", "prepare", "--config", str(recipe))
-    more = ("--set", "train.steps=150", "--set", "train.validate_every=50", "--json")
-    command = stack.submitted("jobs/train.py", recipe, *more)
+    values = yaml.safe_load(recipe.read_text())
+    values["train"] |= {"steps": 150, "validate_every": 50}
+    values["register"] = {"name": "restarted"}
+    values["segment"]["target"] = "s3://team/labelled-restarted"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(values))
+    config = ("--config", str(recipe), "--json")
+    stack.run("repsep", "prepare", *config)
+    command = stack.submitted("jobs/train.py", recipe, "--json")
     log = tmp_path / "log"
     with log.open("wb") as output:
         job = subprocess.Popen(
             [str(BIN / command[0]), *command[1:]], env=stack.environment, cwd=ROOT, stdout=output, stderr=output
         )
     wait_for(lambda: "step 1" in log.read_text(), job, log)
-    stack.call("restart", "mlflow", str(stack.folder))
+    stack.restart("mlflow")
     assert job.wait(PATIENCE_S) == 0, log.read_text()[-3000:]
     trained = receipts(log.read_text())["train"]
     count = (
@@ -174,16 +192,49 @@ def test_a_training_goes_on_while_mlflow_is_restarted_and_nothing_is_missing(
         "print(len({m.step for m in c.get_metric_history(sys.argv[1], 'loss')}))"
     )
     assert stack.run("python", "-c", count, trained["results"]["mlflow_run"]).strip() == "150"
+    stack.restart("postgres")  # MLflow stays up, and finds all its connections closed
+    stack.run("repsep", "evaluate", *config)
+    registered = receipts(stack.run("repsep", "register", *config))["register"]
+    assert (registered["results"]["alias"], registered["results"]["version"]) == ("champion", "1")
+    labelled = receipts(stack.run(*stack.submitted("jobs/segment.py", recipe, "--json")))["segment"]
+    assert (labelled["results"]["rows"], labelled["results"]["failed_rows"]) == (6, 0)
+    again = [json.loads(line) for line in stack.run("repsep", "workflow", *config).splitlines()]
+    assert {receipt["stage"]: receipt["cached"] for receipt in again} == {
+        **dict.fromkeys(("prepare", "train", "evaluate", "register", "segment"), True),
+        "report": False,
+    }
 
 
 def test_a_stranger_without_the_token_gets_nothing_from_ray(stack: Stack) -> None:
     stranger = {k: v for k, v in stack.environment.items() if not k.startswith("RAY_AUTH")}
     done = subprocess.run(
         [str(BIN / "ray"), "job", "list"],
-        env=stranger | {"HOME": str(stack.folder / "nobody"), "RAY_AUTH_MODE": "token"},
+        env=stranger | {"HOME": str(stack.checkout / "nobody"), "RAY_AUTH_MODE": "token"},
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
     )
     assert done.returncode != 0
     assert "token" in (done.stdout + done.stderr).lower()
+
+
+def test_services_that_are_started_on_other_ports_are_named_there_and_kept_what_they_held(stack: Stack) -> None:
+    """The last: objects are gone, the database and the secrets are not."""
+    before = stack.environment
+    client = "import sys, mlflow; c = mlflow.MlflowClient(); "
+    stack.run("python", "-c", client + "c.create_registered_model('kept')")
+    refused = subprocess.run(["make", "stack-up"], cwd=stack.checkout, env=stack.own, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "are up; first: infra/dev/stack.sh down" in refused.stderr
+    stack.down()
+    stack.up()
+    changed = {name for name, value in before.items() if stack.environment[name] != value}
+    assert changed == {
+        "STACK_FIRST_PORT",
+        "STACK_BACKEND",
+        "MLFLOW_TRACKING_URI",
+        "AWS_ENDPOINT_URL",
+        "RAY_ADDRESS",
+        "RAY_API_SERVER_ADDRESS",
+    }
+    assert stack.run("python", "-c", client + "print(c.get_registered_model('kept').name)").strip() == "kept"

@@ -7,26 +7,18 @@
 #   infra/dev/stack.sh restart SERVICE [FOLDER]    postgres, mlflow or ray: killed and started again, with what it held
 #   infra/dev/stack.sh down [FOLDER]               end all; the objects are gone, the rest is in FOLDER
 #
-# FOLDER (default: .repsep/stack) takes databases, logs, pid files and env.sh, which holds the secrets: random ones, made
-# by the first `up`. The environment says the rest:
+# FOLDER (default: .repsep/stack) takes databases, logs, pid files and env.sh, which holds the ports, for the other verbs
+# too, and the secrets: random ones, made by the first `up`. The environment says the rest:
 #
 #   BIN          where mlflow and ray are          that of the python on the PATH
-#   FIRST_PORT   of ten ports in a row, under those that the system gives out (32768)   17490
+#   FIRST_PORT   for `up`: of ten ports in a row, under those that the system gives out (32768)
+#                                                  those of the last `up` in FOLDER, else 17490
 #   RAY_CPUS     CPUs of the Ray head              all
 set -euo pipefail
 
 HOST=127.0.0.1
 HERE=$(cd "$(dirname "$0")" && pwd)
 BIN=$(realpath -- "${BIN:-$(dirname "$(command -v python)")}")
-FIRST_PORT=${FIRST_PORT:-17490}
-PG_PORT=$FIRST_PORT
-MLFLOW_PORT=$((FIRST_PORT + 1))
-RGW_PORT=$((FIRST_PORT + 2))
-MON_PORT=$((FIRST_PORT + 3))
-GCS_PORT=$((FIRST_PORT + 4))
-DASHBOARD_PORT=$((FIRST_PORT + 5))
-AGENT_PORT=$((FIRST_PORT + 6))
-CLIENT_PORT=$((FIRST_PORT + 7))
 START_SECONDS=${START_SECONDS:-180}
 
 fail() {
@@ -42,13 +34,37 @@ if [[ $verb == restart ]]; then
 fi
 FOLDER=$(realpath -m -- "${2:-$HERE/../../.repsep/stack}")
 ENV=$FOLDER/env.sh
+
+kept() { # NAME: its value in env.sh, nothing where there is none
+    [[ ! -e $ENV ]] || sed -n "s/^export $1=//p" "$ENV"
+}
+
+KEPT_PORT=$(kept STACK_FIRST_PORT)
+if [[ $verb == up ]]; then
+    FIRST_PORT=${FIRST_PORT:-${KEPT_PORT:-17490}}
+else
+    FIRST_PORT=${KEPT_PORT:-${FIRST_PORT:-17490}}
+fi
+PG_PORT=$FIRST_PORT
+MLFLOW_PORT=$((FIRST_PORT + 1))
+RGW_PORT=$((FIRST_PORT + 2))
+MON_PORT=$((FIRST_PORT + 3))
+GCS_PORT=$((FIRST_PORT + 4))
+DASHBOARD_PORT=$((FIRST_PORT + 5))
+AGENT_PORT=$((FIRST_PORT + 6))
+CLIENT_PORT=$((FIRST_PORT + 7))
 PG_BIN=$(ls -d /usr/lib/postgresql/*/bin 2>/dev/null | sort -V | tail -1 || true)
 
 install_packages() {
     "$HERE/ceph-rgw.sh" install
-    if [[ -z $PG_BIN ]]; then
-        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends postgresql
+    [[ -z $PG_BIN ]] || return 0
+    local root=()
+    if ((EUID != 0)); then
+        sudo -n true 2>/dev/null || fail "installing takes root: sudo apt-get install postgresql"
+        root=(sudo -n)
     fi
+    "${root[@]}" apt-get update -qq
+    "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends postgresql
 }
 
 as_postgres() { # PostgreSQL refuses to run as root
@@ -63,26 +79,29 @@ secret() {
     od -An -tx1 -N24 /dev/urandom | tr -d ' \n'
 }
 
-write_env() {
-    [[ -e $ENV ]] && return
-    local password
-    password=$(secret)
+write_env() { # anew, for the ports may be others; the secrets stay, as the database has them
+    local password s3_secret token
+    password=$(kept PGPASSWORD)
+    s3_secret=$(kept AWS_SECRET_ACCESS_KEY)
+    token=$(kept RAY_AUTH_TOKEN)
+    password=${password:-$(secret)}
     (
         umask 077
         cat >"$ENV" <<END
+export STACK_FIRST_PORT=$FIRST_PORT
 export PGPASSWORD=$password
 export STACK_BACKEND=postgresql+psycopg2://repsep:$password@$HOST:$PG_PORT/mlflow
 export MLFLOW_TRACKING_URI=http://$HOST:$MLFLOW_PORT
 export MLFLOW_DISABLE_TELEMETRY=true
 export AWS_ENDPOINT_URL=http://$HOST:$RGW_PORT
 export AWS_ACCESS_KEY_ID=repsep
-export AWS_SECRET_ACCESS_KEY=$(secret)
+export AWS_SECRET_ACCESS_KEY=${s3_secret:-$(secret)}
 export AWS_REGION=us-east-1
 export AWS_DEFAULT_REGION=us-east-1
 export AWS_REQUEST_CHECKSUM_CALCULATION=when_required
 export AWS_RESPONSE_CHECKSUM_VALIDATION=when_required
 export RAY_AUTH_MODE=token
-export RAY_AUTH_TOKEN=$(secret)
+export RAY_AUTH_TOKEN=${token:-$(secret)}
 export RAY_ADDRESS=$HOST:$GCS_PORT
 export RAY_API_SERVER_ADDRESS=http://$HOST:$DASHBOARD_PORT
 export OMP_WAIT_POLICY=passive
@@ -109,8 +128,9 @@ mlflow_answers() {
     [[ $(curl -sf "http://$HOST:$MLFLOW_PORT/health") == OK ]]
 }
 
-ray_answers() { # to whom has the token; without it the answer is 401
-    [[ $(curl -s -o /dev/null -w '%{http_code}' "http://$HOST:$DASHBOARD_PORT/api/version") =~ ^(200|401|403)$ ]]
+ray_answers() { # when its one node has come up, some seconds after the dashboard
+    curl -sf -K - "http://$HOST:$DASHBOARD_PORT/nodes?view=summary" <<<"header = \"Authorization: Bearer $RAY_AUTH_TOKEN\"" |
+        grep -q '"state": "ALIVE"'
 }
 
 background() { # NAME COMMAND...
@@ -181,8 +201,13 @@ start_ray() {
     wait_for ray "Ray's job server" ray_answers
 }
 
+is_up() { # by PostgreSQL's command line, which names the folder: after a reboot a pid may be anybody's
+    [[ -e $FOLDER/run/postgres.pid ]] && grep -qzF "$FOLDER/postgres" "/proc/$(<"$FOLDER/run/postgres.pid")/cmdline"
+}
+
 up() {
     mkdir -p "$FOLDER/log" "$FOLDER/run"
+    ! is_up 2>/dev/null || fail "the services of $FOLDER are up; first: infra/dev/stack.sh down $FOLDER"
     for port in "$PG_PORT" "$MLFLOW_PORT" "$RGW_PORT" "$GCS_PORT" "$DASHBOARD_PORT"; do
         ! listens "$port" || fail "something listens on port $port already; give another FIRST_PORT"
     done
