@@ -190,11 +190,11 @@ def forget_clients() -> None:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def answers(port: int) -> bool:
+def answers(port: int, path: str = "/moto-api/") -> bool:
     """Whether an HTTP server there answers. By hand, so that no proxy of the environment comes between."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
-        connection.request("GET", "/moto-api/")
+        connection.request("GET", path)
         return connection.getresponse().status == 200
     except (OSError, http.client.HTTPException):
         return False

@@ -1,8 +1,9 @@
 """The documentation is true: what pages name exists, what they quote is said, and their commands run as they stand.
 
-Guides (GUIDES) are walked top to bottom in an empty folder: a block that is headed by a file's name becomes that file,
-commands are run, and a `text` block below them is what they print, `...` standing for anything. What needs a cluster, a
-cloud or a GPU says so in the line below and is only parsed.
+Pages are walked top to bottom: a block that is headed by a file's name becomes that file, commands are run, and a
+`text` block below them is what they print, `...` standing for anything. GUIDES are walked in an empty folder,
+IN_CHECKOUT where `make` is, with SMALL laid over what their recipes ask for. What another test runs is named in
+ELSEWHERE. What needs a cluster, a cloud or a GPU says so in the line below and is only parsed.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ import ast
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,13 +28,54 @@ import yaml
 from pydantic import BaseModel
 
 from pipelines.config import Recipe, load_recipe
+from pipelines.storage import Folder
+from tests.checkout import checkout
+from tests.conftest import answers
 from tests.infra.commands import UnknownProgramError, check, shown, simple_commands
 from tests.pages import ROOT, Block, Page, pages
+from tests.pipelines.conftest import TINY_MODEL
+from tests.ports import free_ports
+from tests.processes import kill_tree
 
 GUIDES = ("your-data.md", "operating.md")
 """Walked in this order in one folder: the second goes on with what the first has made."""
+IN_CHECKOUT = ("README.md", "one-gpu-box.md")
 IN_REPOSITORY = ("new-backbone.md", "new-loss.md")
 """For developers: their commands run in the repository."""
+SHORT = {"steps": 4, "validate_every": 2}
+SMALL: dict[str, Any] = {
+    "train": SHORT
+    | {
+        "model": TINY_MODEL,
+        "batch_size": 4,
+        "micro_batch": 2,
+        "warmup_steps": 1,
+        "augment": {"crop": 64},
+        "runtime": {"workers": 1, "cpus_per_worker": 1, "loader_threads": 1},
+    },
+    "sweep": SHORT | {"trials": 2, "confirm_seeds": 0},
+}
+"""Laid over the recipes of IN_CHECKOUT: what they ask for are GPUs and days."""
+JOBS = ("tests/test_whole.py", "test_training_is_submitted_as_a_ray_job_both_ways")
+SERVICES = ("tests/test_stack.py", "test_train_register_and_segment_through_jobs_and_the_command_line")
+ELSEWHERE = {
+    "make demo": ("tests/test_whole.py", "test_the_demo_runs_and_the_second_time_every_stage_is_cached"),
+    "make test": (".ci/run", "make test"),
+    "make stack-up": SERVICES,
+    ". .repsep/stack/env.sh": SERVICES,
+    "make stack-down": SERVICES,
+    "ray start --head": JOBS,
+    "ray job submit": JOBS,
+    "ray job list": JOBS,
+    "mlflow models serve": (
+        "tests/pipelines/test_serving.py",
+        "test_each_image_of_a_request_is_answered_with_the_labels_of_the_registered_model",
+    ),
+}
+"""What a command begins with, and who runs it: (file, test or text)."""
+LASTING = "mlflow ui"
+"""Runs until it is ended, in a block of its own; a walk waits for its answer."""
+NEED_A_CLUSTER = ("aws.md", "kuberay.md")
 PAGES = pages()
 BLOCKS = [(page, block) for page in PAGES for block in page.blocks]
 KINDS = {"sh", "python", "yaml", "json", "text"}
@@ -88,8 +134,52 @@ def test_verbs_of_make_that_are_named_exist(page: Page) -> None:
 @every_page
 def test_commands_are_run_or_say_that_they_are_not(page: Page) -> None:
     assert {block.kind for block in page.blocks} <= KINDS
-    marked = {block.parsed_only for block in page.blocks if block.kind == "sh"}
-    assert page.path.name in (*GUIDES, *IN_REPOSITORY) or marked <= {True}
+    walked = page.path.name in (*GUIDES, *IN_CHECKOUT, *IN_REPOSITORY)
+    for block in page.blocks:
+        if block.kind == "sh" and block.parsed_only:
+            programs = {words[0] for words in simple_commands(block.text)}
+            assert not programs & {"repsep", "make", "mlflow"}, f"{page.name}:{block.line}: can be run here"
+            assert "ray" not in programs or page.path.name in NEED_A_CLUSTER, f"{page.name}:{block.line}"
+        elif block.kind == "sh":
+            assert walked or not here(block), f"{page.name}:{block.line}: nobody runs {here(block)}"
+    indented = [command for command in shown(page.prose, page=True) if "python benchmarks/" not in command]
+    assert not indented, f"{page.name}: a walk reads blocks that are fenced"
+
+
+def here(block: Block) -> list[str]:
+    """The commands of a block that no other test runs."""
+    lines = [line for line in block.text.splitlines() if line]
+    return [line for line in lines if not line.startswith(tuple(ELSEWHERE))]
+
+
+@pytest.mark.parametrize("begin", ELSEWHERE)
+def test_a_command_that_another_test_runs_is_in_that_test_and_on_a_page(begin: str) -> None:
+    file, name = ELSEWHERE[begin]
+    source = (ROOT / file).read_text()
+    assert name in source
+    if file.endswith(".py"):
+        constants = {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)}
+        typed = " ".join(value for value in constants if isinstance(value, str) and value != name)
+        assert [word for word in begin.split() if word != "make" and word not in typed] == []
+    assert any(line.startswith(begin) for _, block in BLOCKS for line in block.text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("command", "typed"),
+    [
+        ("make demo", "repsep demo"),
+        ("make demo DATA=photos", "repsep demo --data photos"),
+        ("make sweep SWEEP=recipe.yaml", "repsep sweep --config recipe.yaml"),
+        ("make sweep DATA=camvid", "repsep sweep --config sweep-camvid --set prepare.source=camvid"),
+    ],
+)
+def test_make_types_a_command_that_we_have(command: str, typed: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*command.split(), "--dry-run"], cwd=checkout(tmp_path), capture_output=True, text=True, check=True
+    )
+    (line,) = done.stdout.splitlines()
+    assert shlex.split(line.removeprefix(".venv/bin/")) == typed.split()
+    assert check(typed)
 
 
 @of_kind("python")
@@ -207,8 +297,11 @@ def test_the_index_leads_to_every_page() -> None:
 class Walk:
     """Follows pages in a folder as a reader would."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, overlay: dict[str, Any] | None = None, store: dict[str, str] | None = None
+    ) -> None:
         self.folder = folder
+        self.overlay = overlay
         self.environment = {
             name: value
             for name, value in os.environ.items()
@@ -216,22 +309,59 @@ class Walk:
         }
         bin_folder = Path(sys.executable).parent
         self.environment |= {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "RAY_ADDRESS": "local"}
-        self.environment |= {"PYTHONPATH": str(ROOT)}
+        self.environment |= {"PYTHONPATH": str(ROOT)} | (store or {})
 
     def follow(self, page: Page) -> int:
-        """The number of blocks that were run."""
+        """The number of blocks that were run. Files are there from the beginning: the README shows its recipe late."""
         ran, printed = 0, ""
         for block in page.blocks:
             if block.file is not None:
-                (self.folder / block.file).write_text(block.text)
-            elif block.kind == "sh" and not block.parsed_only:
-                printed, ran = self._run(["bash", "-euo", "pipefail", "-c", block.text], page, block), ran + 1
-            elif block.kind == "python":
+                (self.folder / block.file).write_text(self._overlaid(block))
+        for block in page.blocks:
+            if block.kind == "sh" and not block.parsed_only:
+                lines = here(block)
+                if lines and lines[0].startswith(LASTING):
+                    self._wait_for_answer(lines[0], page, block)
+                elif lines:
+                    printed = self._run(["bash", "-euo", "pipefail", "-c", "\n".join(lines)], page, block)
+                ran += bool(lines)
+            elif block.kind == "python" and self.overlay is None:
                 printed, ran = self._run([sys.executable, "-c", block.text], page, block), ran + 1
             elif block.kind == "text" and block.above == "":
                 for line in block.text.splitlines():
                     assert said(line, [printed]), f"{page.name}:{block.line}: {line!r} was not printed:\n{printed}"
         return ran
+
+    def _overlaid(self, block: Block) -> str:
+        if block.kind != "yaml" or self.overlay is None:
+            return block.text
+        recipe = yaml.safe_load(block.text)
+        for stage, keys in self.overlay.items():
+            given = recipe.setdefault(stage, {})
+            nested = {key: given[key] | value for key, value in keys.items() if key in ("augment", "runtime")}
+            recipe[stage] = given | keys | nested
+        return str(yaml.safe_dump(recipe))
+
+    def _wait_for_answer(self, command: str, page: Page, block: Block) -> None:
+        """Start a server beside those that may run here, ask until it answers, end it."""
+        (port,) = free_ports(1)
+        with tempfile.TemporaryFile() as log:
+            server = subprocess.Popen(
+                ["bash", "-c", f"exec {command} --port {port}"],
+                cwd=self.folder,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+            )
+            try:
+                deadline = time.monotonic() + 300
+                while not answers(port, "/"):
+                    assert server.poll() is None, f"{page.name}:{block.line} ended by itself"
+                    assert time.monotonic() < deadline, f"{page.name}:{block.line} does not answer"
+                    time.sleep(0.2)
+            finally:
+                kill_tree(server.pid)
+                server.wait()
 
     def _run(self, arguments: list[str], page: Page, block: Block) -> str:
         done = subprocess.run(
@@ -247,6 +377,31 @@ def test_the_guides_run_as_they_stand(tmp_path: Path) -> None:
     walk = Walk(tmp_path)
     for name in GUIDES:
         assert walk.follow(Page(ROOT / "docs" / name)) >= 3, name
+
+
+@pytest.mark.slow
+def test_the_readme_runs_in_a_checkout_and_on_an_object_store(
+    tmp_path: Path, scenes: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Folder(f"s3://{s3}").fs
+    for bucket in ("team", "in", "out"):
+        store.mkdir(bucket)
+    store.put(f"{scenes}/", "team/labelled/", recursive=True)
+    for photos in ("team/photos/", "in/photos/"):
+        store.put(f"{scenes}/unlabelled/", photos, recursive=True)
+    variables = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    walk = Walk(checkout(tmp_path), SMALL, variables)
+    assert walk.follow(Page(ROOT / "README.md")) >= 1
+    assert len(store.glob("out/photos/masks/*.png")) == 6
+
+
+@pytest.mark.slow
+def test_the_guide_to_one_machine_runs_in_a_checkout(tmp_path: Path, scenes: Path) -> None:
+    folder = checkout(tmp_path)
+    shutil.copytree(scenes, folder / "labelled")
+    shutil.copytree(scenes / "unlabelled", folder / "photos")
+    assert Walk(folder, SMALL).follow(Page(ROOT / "docs/one-gpu-box.md")) >= 4
+    assert len(list((folder / "labels/masks").iterdir())) == 6
 
 
 @pytest.mark.slow

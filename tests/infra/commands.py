@@ -38,7 +38,8 @@ def simple_commands(script: str) -> Iterator[list[str]]:
         inside = script[start + 2 : _closing(script, start + 2)]
         yield from simple_commands(inside)
         script = script.replace(f"$({inside})", "substituted", 1)
-    lexer = shlex.shlex(script, posix=True, punctuation_chars=SEPARATORS)
+    doubled = script.replace("\n", "\n\n")  # a comment takes the end of its line with it
+    lexer = shlex.shlex(doubled, posix=True, punctuation_chars=SEPARATORS)
     lexer.whitespace, lexer.whitespace_split = " \t", True
     words: list[str] = []
     target = False

@@ -125,7 +125,7 @@ def test_a_command_that_is_wrong_is_found(script: str, error: type[Exception]) -
 
 
 def test_a_script_is_split_as_a_shell_does_it() -> None:
-    script = "A=b repsep x 'c; d' >f || [ $? -eq 3 ]\nset -e; (e | f) # g\n"
+    script = "A=b repsep x 'c; d' >f || [ $? -eq 3 ] # a comment\nset -e; (e | f) # g\n"
     assert list(simple_commands(script)) == [
         ["repsep", "x", "c; d"],
         ["[", "$?", "-eq", "3", "]"],
