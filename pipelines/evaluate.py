@@ -26,13 +26,14 @@ from numpy.typing import NDArray
 
 from pipelines import tracking, unsent
 from pipelines.config import EvaluateConfig, Recipe
-from pipelines.dataset import Dataset, open_dataset
+from pipelines.dataset import Dataset
 from pipelines.errors import RepsepError, UsageError
 from pipelines.evaluation.job import drawn, measure
 from pipelines.evaluation.measures import CLEAN, SEGMENTING, Measured, image_counts, mean_diagnostics
 from pipelines.evaluation.page import evaluation_page, miou_of
 from pipelines.evaluation.predictions import Predictions, open_predictions
 from pipelines.models import FetchedModel, fetch_model
+from pipelines.prepare import prepared_dataset
 from pipelines.progress import say
 from pipelines.stage import Receipt, StageRun, latest_receipt, run_stage
 from repsep_model.checkpoint import load_classes
@@ -41,6 +42,7 @@ from repsep_model.metrics import Scores, boundary_scores_from_counts, reliabilit
 from repsep_model.robustness import retention
 
 PACKAGES = ("pipelines", "repsep_model")
+BY_DIGEST = {"model": None, "dataset": None}  # what they hold counts, not where they are
 PRIOR_MASKS = 2000
 UNJUDGED_SHOWN = 5
 PER_IMAGE, CONFUSION, CALIBRATION, DIAGNOSTICS, UNJUDGED, PAGE = (
@@ -63,7 +65,7 @@ Counts = dict[str, NDArray[np.int64]]
 def evaluate(workspace: str, recipe: Recipe, instead: EvaluateConfig | None = None) -> Receipt:
     """Run the stage; with `instead` of the recipe's section it is not the latest (registration judges the champion)."""
     config = instead or recipe.evaluate
-    dataset = open_dataset(config.dataset or latest_receipt(workspace, "prepare").results["dataset"])
+    dataset = prepared_dataset(workspace, recipe, config.dataset)
     if config.predictions is not None:
         return _evaluate_predictions(workspace, config, dataset, recipe, latest=instead is None)
     mlflow_run = None
@@ -76,7 +78,7 @@ def evaluate(workspace: str, recipe: Recipe, instead: EvaluateConfig | None = No
         receipt = run_stage(
             "evaluate",
             workspace=workspace,
-            config=config.model_copy(update={"model": None, "dataset": None}),  # their digests count, not their places
+            config=config.model_copy(update=BY_DIGEST),
             inputs={"model": model.digest, "dataset": dataset.split_digest(config.split), "train": dataset.digest},
             packages=PACKAGES,
             latest=instead is None,

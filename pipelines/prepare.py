@@ -18,15 +18,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.config import PrepareConfig
-from pipelines.dataset import MANIFEST, SCHEMA
+from pipelines.config import PrepareConfig, Recipe
+from pipelines.dataset import MANIFEST, SCHEMA, Dataset, open_dataset
 from pipelines.errors import RepsepError, UsageError
 from pipelines.layouts import Contents, check_listing, layout_part, read_layout
 from pipelines.linter import Row, Survey, check_pair
 from pipelines.pairs import SPLITS, Pair, Reject
 from pipelines.progress import say
 from pipelines.scenes import write_scenes
-from pipelines.stage import Receipt, StageRun, digest_of, run_stage
+from pipelines.stage import Receipt, StageRun, digest_of, latest_receipt, run_stage
 from pipelines.storage import Folder, home
 
 PACKAGES = ("pipelines", "repsep_model")
@@ -51,6 +51,23 @@ def prepare(workspace: str, config: PrepareConfig) -> Receipt:
         packages=PACKAGES,
         body=lambda run: _write_dataset(run, source, [key for key, _, _ in entries], config),
     )
+
+
+def prepared_dataset(workspace: str, recipe: Recipe, uri: str | None) -> Dataset:
+    """The dataset at `uri` where a section names one, else the latest prepare's.
+
+    Raises UsageError where that was made of another source than the recipe's: another recipe in this workspace did it.
+    """
+    if uri is not None:
+        return open_dataset(uri)
+    dataset = open_dataset(latest_receipt(workspace, "prepare").results["dataset"])
+    source = recipe.prepare.source
+    if source is not None and Folder(source).uri != dataset.manifest["source"]:
+        raise UsageError(
+            f"the latest prepare in {workspace} is of {dataset.manifest['source']}, but the recipe's prepare.source is "
+            f"{source}; run `repsep prepare` with this recipe first"
+        )
+    return dataset
 
 
 def _write_dataset(run: StageRun, source: Folder, keys: list[str], config: PrepareConfig) -> None:

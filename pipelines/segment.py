@@ -16,7 +16,7 @@ from typing import Any
 from pipelines.bulk.commits import CLASSES, PAGE, REPORT, RESULTS, RUN, Committed, Output
 from pipelines.bulk.job import SegmentJob
 from pipelines.bulk.page import write_page
-from pipelines.bulk.plan import Plan, make_plan, open_source
+from pipelines.bulk.plan import Plan, check_source, make_plan, open_source
 from pipelines.bulk.summary import Part, Report, run_report, sums
 from pipelines.bulk.tally import Tally
 from pipelines.config import Recipe, SegmentConfig
@@ -55,7 +55,7 @@ def segment(workspace: str, recipe: Recipe, *, dry_run: bool = False) -> Receipt
     model_uri = config.model or f"models:/{recipe.register_.name}@champion"
     with fetch_model(model_uri, recipe.tracking) as model:
         output = Output(target)
-        identity = _identity(config, model, source)
+        identity = _identity(config, model.digest, source)
         ours = output.check(identity, overwrite=config.overwrite) == "ours"
         known = output.committed() if ours else Committed()
         with make_plan(source, target, config, known, only=only) as plan:
@@ -81,6 +81,19 @@ def segment(workspace: str, recipe: Recipe, *, dry_run: bool = False) -> Receipt
             )
 
 
+def check_ends(config: SegmentConfig) -> None:
+    """Raises as `segment` does where source or target are wrong whatever the model; writes nothing."""
+    source, only, target = _folders(config)
+    Output(target).check(_identity(config, owner(config) or "", source), overwrite=config.overwrite)
+    check_source(source, target, config, only=only)
+
+
+def owner(config: SegmentConfig) -> str | None:
+    """The digest of the model whose masks the target holds, None where it holds none."""
+    run = Folder(str(config.target)).read_if_present(RUN)
+    return None if run is None else str(json.loads(run).get("model"))
+
+
 def _folders(config: SegmentConfig) -> tuple[Folder, str | None, Folder]:
     """Source, the one object to take of it where the URI is that of an object, and target."""
     if config.source is None or config.target is None:
@@ -92,9 +105,9 @@ def _folders(config: SegmentConfig) -> tuple[Folder, str | None, Folder]:
     return *open_source(config.source), Folder(config.target)
 
 
-def _identity(config: SegmentConfig, model: FetchedModel, source: Folder) -> dict[str, Any]:
+def _identity(config: SegmentConfig, model_digest: str, source: Folder) -> dict[str, Any]:
     settings = config.model_dump(mode="json")
-    fixed = {"format": 1, "model": model.digest, "source": source.uri}  # keys are relative to the source
+    fixed = {"format": 1, "model": model_digest, "source": source.uri}  # keys are relative to the source
     return fixed | {name: settings[name] for name in MASK_SETTINGS}
 
 

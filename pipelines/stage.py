@@ -144,13 +144,14 @@ def run_stage(
     again: str = "",
     latest: bool = True,
     begin: Callable[[], Mapping[str, Any]] | None = None,
+    before: Callable[[], None] | None = None,
 ) -> Receipt:
     """Run `body` unless a receipt says that it is done.
 
     `inputs` are digests by name; `packages` those of this project that the stage imports, whose source counts; `begin`
     gives what `_STARTED.json` keeps for a run that continues this one. With `lease`, a second run at the same time is
     refused; `again` says why a receipt that is there does not count; without `latest` later stages do not take this one
-    as their input.
+    as their input. `before` is called where the stage would run, also while planning, and may refuse it by raising.
     """
     fingerprint = fingerprint_of(name, config, inputs, packages)
     folder = Folder(workspace) / name / fingerprint[:12]
@@ -162,6 +163,8 @@ def run_stage(
         return Receipt(**(_fields(done) | {"cached": True}))
     if damaged:
         again = f"changed or missing: {', '.join(damaged[:3])}{' and more' if len(damaged) > 3 else ''}"
+    if before is not None:
+        before()
     if is_planning():
         raise WouldRunError(name, again or _why(workspace, name, folder, config, inputs, packages))
     if damaged:
@@ -240,16 +243,26 @@ def _why(
     before = _latest(workspace, name)
     if before is None:
         return "it was never run in this workspace"
-    old, new = (dict(_leaves(values)) for values in (before["config"], config.model_dump(mode="json")))
-    reasons = [
-        f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith("runtime.")
-    ]
+    reasons = _differences(before["config"], config)
     reasons += [f"another {key}" for key in sorted(inputs) if before["inputs"].get(key) != inputs[key]]
     if before.get("code") != code_version(packages):
         reasons.append("the code changed")
     return "; ".join(reasons)
+
+
+def changed_settings(workspace: str, stage: str, config: Section) -> list[str]:
+    """`key: old -> new` of what differs from the latest run of the stage, nothing where there was none."""
+    before = _latest(workspace, stage)
+    return [] if before is None else _differences(before["config"], config)
+
+
+def _differences(before: Mapping[str, Any], config: Section) -> list[str]:
+    old, new = (dict(_leaves(values)) for values in (before, config.model_dump(mode="json")))
+    return [
+        f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith("runtime.")
+    ]
 
 
 def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

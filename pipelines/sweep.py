@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -15,10 +16,11 @@ import yaml
 
 from pipelines import cluster, tracking
 from pipelines.config import Recipe, Section, SweepConfig, TrainConfig
-from pipelines.dataset import Dataset, open_dataset
+from pipelines.dataset import Dataset
 from pipelines.errors import RepsepError, StoppedError, UsageError
+from pipelines.prepare import prepared_dataset
 from pipelines.progress import say
-from pipelines.stage import Receipt, StageRun, latest_receipt, run_stage
+from pipelines.stage import Receipt, StageRun, run_stage
 from pipelines.sweeping.comparison import Comparison, compare, confirmation_points
 from pipelines.sweeping.importance import importances
 from pipelines.sweeping.page import page_of, weights_plot
@@ -33,17 +35,18 @@ TABLE, PLOT, PAGE = "trials.csv", "weights.png", "index.html"
 BEST, FOUND = "best.yaml", "found.yaml"
 
 
-def sweep(workspace: str, recipe: Recipe) -> Receipt:
+def sweep(workspace: str, recipe: Recipe, before: Callable[[], None] | None = None) -> Receipt:
     """Run the stage: a page with what was tried and what it showed, and `best.yaml`, which `repsep train` takes.
 
     `found.yaml` is the best of the search in the same form; where the default stays, it is not `best.yaml`.
+    `before` may refuse it by raising; it is not called where the stage is done.
     """
     config = recipe.sweep or SweepConfig()
     check_batch(recipe.train, config.runtime.workers_per_trial, "sweep.runtime.workers_per_trial")
     check_space(config.search, term_names())
     if recipe.train.init_from is not None:
         raise UsageError("train.init_from: a sweep does not fine-tune; leave it out here and set it in best.yaml")
-    dataset = open_dataset(config.dataset or latest_receipt(workspace, "prepare").results["dataset"])
+    dataset = prepared_dataset(workspace, recipe, config.dataset)
     for inside in (True, False):
         dataset.split("train").held_out(config.holdout, 0, inside=inside)  # raises before a cluster is asked for
     for model in (recipe.train.model, *models_of(config.search)):
@@ -51,14 +54,12 @@ def sweep(workspace: str, recipe: Recipe) -> Receipt:
     return run_stage(
         "sweep",
         workspace=workspace,
-        config=_Fixed(
-            sweep=config.model_dump(mode="json", exclude={"runtime"}),
-            train=recipe.train.model_dump(mode="json", exclude={"runtime"}),
-        ),
+        config=fixed_settings(recipe),
         inputs={"dataset": dataset.digest},
         packages=PACKAGES,
         lease=True,
         begin=lambda: _begin(recipe),
+        before=before,
         body=lambda run: _search(run, workspace, recipe, config, dataset),
     )
 
@@ -68,6 +69,14 @@ class _Fixed(Section):
 
     sweep: dict[str, Any]
     train: dict[str, Any]
+
+
+def fixed_settings(recipe: Recipe) -> Section:
+    config = recipe.sweep or SweepConfig()
+    return _Fixed(
+        sweep=config.model_dump(mode="json", exclude={"runtime"}),
+        train=recipe.train.model_dump(mode="json", exclude={"runtime"}),
+    )
 
 
 def best_train(receipt: Receipt, base: TrainConfig) -> TrainConfig:

@@ -7,6 +7,7 @@ import dataclasses
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from pipelines import cluster, tracking
 from pipelines.config import ModelConfig, Recipe, TrainConfig
-from pipelines.dataset import Dataset, open_dataset
+from pipelines.dataset import Dataset
 from pipelines.errors import RepsepError, StoppedError, UsageError
 from pipelines.models import FetchedModel, fetch_model
+from pipelines.prepare import prepared_dataset
 from pipelines.progress import on_terminal, say
-from pipelines.stage import Receipt, StageRun, latest_receipt, run_stage
+from pipelines.stage import Receipt, StageRun, run_stage
 from pipelines.training.checkpoint_folder import BEST, CheckpointFolder, DamagedCheckpointError, step_of
 from pipelines.training.loop import train_loop
 from pipelines.training.worker import LoopSettings, segmentor_config
@@ -32,11 +34,14 @@ from repsep_model.segmentor import build_segmentor
 PACKAGES = ("pipelines", "repsep_model")
 
 
-def train(workspace: str, recipe: Recipe) -> Receipt:
-    """Run the stage: `<train>/model/` becomes the moving average with the best in-loop mIoU (the earliest on ties)."""
+def train(workspace: str, recipe: Recipe, before: Callable[[], None] | None = None) -> Receipt:
+    """Run the stage: `<train>/model/` becomes the moving average with the best in-loop mIoU (the earliest on ties).
+
+    `before` may refuse it by raising; it is not called where the stage is done.
+    """
     config = recipe.train
     check_batch(config, config.runtime.most_workers, "train.runtime.workers")
-    dataset = open_dataset(config.dataset or latest_receipt(workspace, "prepare").results["dataset"])
+    dataset = prepared_dataset(workspace, recipe, config.dataset)
     check_model(config.model, dataset.num_classes, config.augment.crop, config.runtime.grad_checkpointing)
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(fetch_model(config.init_from, recipe.tracking)) if config.init_from else None
@@ -50,6 +55,7 @@ def train(workspace: str, recipe: Recipe) -> Receipt:
             packages=PACKAGES,
             lease=True,
             begin=lambda: _begin(recipe),
+            before=before,
             body=lambda run: _fit(run, recipe, dataset, source),
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -114,6 +114,19 @@ def make_plan(
         raise
 
 
+def check_source(source: Folder, target: Folder, config: SegmentConfig, *, only: str | None = None) -> None:
+    """Raises as `make_plan` does where there is nothing to segment; lists as far as the first image or shard."""
+    endings, inside, others = _endings(config), _output_inside(target, source), 0
+    keys = (entry.key for page in pages(source) for entry in page) if only is None else iter((only,))
+    for key in keys:
+        if inside is not None and key.startswith(inside):
+            continue
+        if _kind(key, endings) is not None:
+            return
+        others += 1
+    raise UsageError(_nothing(source, endings, others))
+
+
 class _Planner:
     """Sorts the listing page by page; holds counts and one chunk."""
 
@@ -126,13 +139,8 @@ class _Planner:
         chunks: tempfile.TemporaryDirectory[str],
     ) -> None:
         self.source, self.config, self.committed = source, config, committed
-        self.output_inside = f"{target.uri.removeprefix(source.uri + '/')}/" if _is_inside(target, source) else None
-        endings: dict[Kind, tuple[str, ...]] = {"images": config.include, "shards": config.shards}
-        self.endings = {
-            kind: tuple(ending.lower() for ending in those)
-            for kind, those in endings.items()
-            if config.input in (None, kind)
-        }
+        self.output_inside = _output_inside(target, source)
+        self.endings = _endings(config)
         self.found: dict[Kind, int] = dict.fromkeys(self.endings, 0)
         self.others = 0
         self.part, self.parts = _shard_of(config)
@@ -149,7 +157,7 @@ class _Planner:
                 say(f"segment: {sum(self.found.values()) + self.others} objects listed")
         self.writer.close()
         if not any(self.found.values()):
-            raise UsageError(self._nothing())
+            raise UsageError(_nothing(self.source, self.endings, self.others))
         self.made.kind = next(kind for kind, count in self.found.items() if count)
         self.made.listing = self.digest.tobytes().hex()
         return self.made
@@ -159,7 +167,7 @@ class _Planner:
         for entry in page:
             if self.output_inside is not None and entry.key.startswith(self.output_inside):
                 continue
-            kind = self._kind(entry.key)
+            kind = _kind(entry.key, self.endings)
             if kind is None:
                 self.others += 1
             else:
@@ -202,16 +210,6 @@ class _Planner:
         self.made.bytes += sum(entry.size for entry in todo)
         self.writer.add(todo)
 
-    def _kind(self, key: str) -> Kind | None:
-        key = key.lower()
-        return next((kind for kind, endings in self.endings.items() if key.endswith(endings)), None)
-
-    def _nothing(self) -> str:
-        there = f"{self.others} other objects" if self.others else "nothing"
-        what = " and no ".join(kind.removesuffix("s") for kind in self.endings)
-        endings = "; ".join(f"{kind} end in {', '.join(endings)}" for kind, endings in self.endings.items())
-        return f"{self.source.uri} holds no {what} ({there} there; {endings}); correct the prefix"
-
 
 class _ChunkWriter:
     """Entries as Arrow record batches in one file."""
@@ -244,8 +242,30 @@ def _single(folder: Folder, key: str) -> Iterator[list[Entry]]:
     yield [entry]
 
 
-def _is_inside(inner: Folder, outer: Folder) -> bool:
-    return inner.uri.startswith(f"{outer.uri}/")
+def _endings(config: SegmentConfig) -> dict[Kind, tuple[str, ...]]:
+    endings: dict[Kind, tuple[str, ...]] = {"images": config.include, "shards": config.shards}
+    return {
+        kind: tuple(ending.lower() for ending in those)
+        for kind, those in endings.items()
+        if config.input in (None, kind)
+    }
+
+
+def _kind(key: str, endings: Mapping[Kind, tuple[str, ...]]) -> Kind | None:
+    key = key.lower()
+    return next((kind for kind, those in endings.items() if key.endswith(those)), None)
+
+
+def _nothing(source: Folder, endings: Mapping[Kind, tuple[str, ...]], others: int) -> str:
+    there = f"{others} other objects" if others else "nothing"
+    what = " and no ".join(kind.removesuffix("s") for kind in endings)
+    told = "; ".join(f"{kind} end in {', '.join(those)}" for kind, those in endings.items())
+    return f"{source.uri} holds no {what} ({there} there; {told}); correct the prefix"
+
+
+def _output_inside(target: Folder, source: Folder) -> str | None:
+    """What the keys of the output begin with where it lies below the source."""
+    return f"{target.uri.removeprefix(source.uri + '/')}/" if target.uri.startswith(f"{source.uri}/") else None
 
 
 def _shard_of(config: SegmentConfig) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import shutil
@@ -14,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.config import PrepareConfig
+from pipelines.config import PrepareConfig, Recipe
 from pipelines.dataset import SCHEMA, Dataset, open_dataset
 from pipelines.errors import RepsepError, StorageError, UsageError
 from pipelines.layouts import read_classes
 from pipelines.pairs import find_pairs
-from pipelines.prepare import prepare
+from pipelines.prepare import prepare, prepared_dataset
 from pipelines.stage import Receipt
 from pipelines.storage import Folder
 from repsep_model.images import decode_mask
@@ -627,3 +628,30 @@ def test_what_no_layout_names_may_change_without_a_new_data_set(source: Path, ru
 def test_a_source_that_is_not_there_is_named(tmp_path: Path, run: Callable[..., Receipt]) -> None:
     with pytest.raises(StorageError, match="nowhere: there is nothing there"):
         run(tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------- whose data
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate", "sweep"])
+def test_a_stage_refuses_data_of_another_source_than_its_recipes(
+    stage: str, source: Path, run: Callable[..., Receipt], tmp_path: Path
+) -> None:
+    run(source)
+    recipe = Recipe.model_validate({"prepare": {"source": str(tmp_path / "mine")}})
+    module = importlib.import_module(f"pipelines.{stage}")
+    said = rf"is of {source}, but the recipe's prepare.source is {tmp_path}/mine; run `repsep prepare` with this recipe"
+    with pytest.raises(UsageError, match=said):
+        getattr(module, stage)(str(tmp_path / "work"), recipe)
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["prepare"]
+
+
+def test_data_that_a_recipe_names_or_leaves_open_are_taken(
+    source: Path, run: Callable[..., Receipt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, work = run(source).results["dataset"], str(tmp_path / "work")
+    monkeypatch.chdir(tmp_path)
+    for given in (None, str(source), f"{source}/", "source"):
+        recipe = Recipe.model_validate({"prepare": {"source": given}})
+        assert prepared_dataset(work, recipe, None).folder.uri == uri
+    assert prepared_dataset(work, Recipe.model_validate({"prepare": {"source": "another"}}), uri).folder.uri == uri

@@ -48,11 +48,11 @@ KEYS = ["train/a", "train/b", "train/c", "train/d", "val/a", "val/b", "val/c", "
 STAGES = ["prepare", "sweep", "train", "evaluate", "register", "segment"]
 ABSENT = {
     "prepare": "Absent: no dataset was prepared",
-    "sweep": "Absent: the recipe has no sweep",
+    "sweep": "Absent: no sweep was run",
     "train": "Absent: nothing was trained",
     "evaluate": "Absent: no model was evaluated",
     "register": "Absent: no model was registered",
-    "segment": "Absent: the recipe has no bulk segmentation",
+    "segment": "Absent: nothing was segmented in bulk",
 }
 
 

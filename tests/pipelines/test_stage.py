@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ import pytest
 
 from pipelines import stage
 from pipelines.config import PrepareConfig, Section, TrainConfig
-from pipelines.errors import RepsepError, StorageError
+from pipelines.errors import RepsepError, StorageError, UsageError
 from pipelines.stage import (
     LATEST,
     LEASE,
@@ -202,6 +203,25 @@ def test_a_plan_says_that_the_code_changed(run: Callable[..., Receipt], monkeypa
     monkeypatch.setattr(stage, "code_version", lambda packages: "another version of the source")
     with planning(), pytest.raises(WouldRunError, match="the code changed"):
         run(Body())
+
+
+def test_what_is_asked_before_a_stage_runs_is_not_asked_where_it_is_done(
+    run: Callable[..., Receipt], tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def refuses() -> None:
+        asked.append("asked")
+        raise UsageError("it would be for nothing")
+
+    for mode in (contextlib.nullcontext, planning):
+        with mode(), pytest.raises(UsageError, match="for nothing"):
+            run(Body(), before=refuses)
+    assert not list(tmp_path.iterdir()), "it was begun"
+    run(Body())
+    asked.clear()
+    assert run(Body(), before=refuses).cached
+    assert asked == []
 
 
 def test_what_a_plan_finds_done_is_what_later_stages_take(run: Callable[..., Receipt], tmp_path: Path) -> None:

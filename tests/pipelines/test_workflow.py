@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from pipelines.storage import Folder
 from pipelines.workflow import plan_workflow, run_workflow
 
 pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[2]
 STAGES = ["prepare", "train", "evaluate", "register", "segment", "report"]
 
 
@@ -97,6 +101,44 @@ def test_a_changed_key_runs_its_stage_and_what_depends_on_it(
         assert f"{key.partition('.')[2]}: " in plan[first]
         assert json.dumps(value) in plan[first]
     assert (files(workspace), files(target)) == before
+
+
+def test_a_plan_names_what_changed_in_later_stages_too(whole: dict[str, Any], done: list[Receipt]) -> None:
+    recipe = changed(whole, "prepare.seed", 7)
+    sections = {"train": recipe.train.model_copy(update={"lr": 0.123, "steps": 13})}
+    sections["evaluate"] = recipe.evaluate.model_copy(update={"overlays": 1, "dataset": None})
+    plan = dict(plan_workflow(recipe.model_copy(update=sections)))
+    conditional = "runs if what comes out of prepare is new"
+    assert plan["prepare"] == "runs: seed: 0 -> 7"
+    assert plan["train"] == f"{conditional}; changed since its latest run: lr: 0.001 -> 0.123; steps: 12 -> 13"
+    assert plan["evaluate"] == f"{conditional}; changed since its latest run: overlays: 2 -> 1"
+    assert [plan[stage] for stage in ("register", "segment", "report")] == [conditional] * 3
+
+
+def test_a_bulk_run_that_fails_is_raised_after_the_report_of_the_others(
+    whole: dict[str, Any], done: list[Receipt], tmp_path: Path
+) -> None:
+    """As after a promotion: the target holds the masks of the champion before."""
+    target = str(tmp_path / "labelled")
+    run_json = json.loads(Folder(whole["segment"]["target"]).read("run.json"))
+    Folder(target).write("run.json", json.dumps(run_json | {"model": "the one before"}).encode())
+    (tmp_path / "recipe.yaml").write_text(changed(whole, "segment.target", target).model_dump_json(by_alias=True))
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "jobs/workflow.py"), "--config", str(tmp_path / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+    assert found.returncode == 2, found.stderr
+    assert [line.split()[:2] for line in found.stdout.splitlines()[::2]] == [
+        *([stage, "cached:"] for stage in STAGES[:4]),
+        ["report", "done"],
+    ]
+    assert "the bulk run failed; the report is of what was done before it" in found.stderr
+    assert f"Error: {target} was written with model 'the one before' instead of" in found.stderr
+    page = Folder(found.stdout.split("-> ")[-1].strip().rpartition("/")[0]).read("index.html").decode()
+    assert "Absent: nothing was segmented in bulk" in page
 
 
 def test_what_runs_again_is_no_more_than_was_planned(whole: dict[str, Any], done: list[Receipt]) -> None:
