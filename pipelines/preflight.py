@@ -6,13 +6,14 @@ takes.
 
 from __future__ import annotations
 
+from pipelines import tracking
 from pipelines.config import Recipe
 from pipelines.dataset import Dataset
 from pipelines.errors import RepsepError, UsageError
 from pipelines.gate import absolute_checks
 from pipelines.models import fetch_model, load_files
 from pipelines.progress import say
-from pipelines.register import _champion
+from pipelines.register import CHAMPION
 from pipelines.segment import check_ends, owner
 
 
@@ -40,7 +41,7 @@ def check_champion(recipe: Recipe, dataset: Dataset) -> None:
     Says where a promotion will not go with the bulk run's target.
     """
     name = recipe.register_.name
-    champion = _champion(recipe, name)
+    champion = tracking.aliased_version(recipe.tracking, name, CHAMPION)
     if champion is not None:
         uri = f"models:/{name}/{champion.version}"
         with fetch_model(uri, recipe.tracking) as model:

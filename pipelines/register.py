@@ -26,7 +26,7 @@ from pipelines.evaluation.measures import SEGMENTING
 from pipelines.gate import Decision, absolute_checks, compare, first, gate_page
 from pipelines.models import FetchedModel, fetch_model
 from pipelines.served_package import save_pyfunc
-from pipelines.stage import SUCCESS, Receipt, StageRun, _Lease, latest_receipt, run_stage
+from pipelines.stage import SUCCESS, Lease, Receipt, StageRun, latest_receipt, run_stage
 from pipelines.storage import Folder
 from repsep_model.checkpoint import load_classes
 
@@ -116,7 +116,7 @@ def _register(
     run: StageRun, workspace: str, recipe: Recipe, evaluation: Receipt, model: FetchedModel, champion: Any
 ) -> None:
     config = recipe.register_
-    with _Lease(Folder(workspace) / "register" / f"name-{config.name}", f"register of {config.name}"):
+    with Lease(Folder(workspace) / "register" / f"name-{config.name}", f"register of {config.name}"):
         if _is_this(champion, model):
             known = champion
             decision = Decision(True, known.tags["repsep.reason"], {"miou": evaluation.results["miou"]})

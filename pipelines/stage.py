@@ -170,7 +170,7 @@ def run_stage(
     if damaged:
         say(f"{name}: warning: it is done again, for of its outputs in {folder.uri} these are {again}")
     began = time.time()
-    with _Lease(folder, name) if lease else contextlib.nullcontext() as held:
+    with Lease(folder, name) if lease else contextlib.nullcontext() as held:
         run = StageRun(folder, fingerprint, _started(folder, begin))
         body(run)
         receipt = {
@@ -368,7 +368,7 @@ def _started(folder: Folder, begin: Callable[[], Mapping[str, Any]] | None) -> d
     return values
 
 
-class _Lease:
+class Lease:
     """An object refreshed every 20 s by the one run that may write here; another may take over after 90 s of silence.
 
     A holder on this machine whose process is gone is silent for good, so it is not waited for.
@@ -380,7 +380,7 @@ class _Lease:
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._refresh, daemon=True, name=f"lease-{stage}")
 
-    def __enter__(self) -> _Lease:
+    def __enter__(self) -> Lease:
         if not self.folder.create(LEASE, self._content()):
             holder = json.loads(self.folder.read_if_present(LEASE) or b"{}")
             age = time.time() - holder.get("renewed_at", 0)
