@@ -128,9 +128,8 @@ mlflow_answers() {
     [[ $(curl -sf "http://$HOST:$MLFLOW_PORT/health") == OK ]]
 }
 
-ray_answers() { # when its one node has come up, some seconds after the dashboard
-    curl -sf -K - "http://$HOST:$DASHBOARD_PORT/nodes?view=summary" <<<"header = \"Authorization: Bearer $RAY_AUTH_TOKEN\"" |
-        grep -q '"state": "ALIVE"'
+ray_answers() { # to whom has the token; without it the answer is 401
+    [[ $(curl -s -o /dev/null -w '%{http_code}' "http://$HOST:$DASHBOARD_PORT/api/version") =~ ^(200|401|403)$ ]]
 }
 
 background() { # NAME COMMAND...
