@@ -53,7 +53,7 @@ def command(
     \b
     SOURCE and TARGET are URIs: s3://bucket/prefix, gs://..., or a folder. SOURCE holds images, or shards of them
     (Parquet with an image column, tar in WebDataset layout), or is one such object.
-      repsep segment s3://in/photos s3://out/photos --model models:/streets@champion
+      repsep segment s3://photos/2026 s3://masks/2026 --model models:/streets@champion
 
     \b
     TARGET/masks/KEY.png       indexed PNG of class ids, KEY being the image's path below SOURCE

@@ -384,15 +384,15 @@ def test_the_readme_runs_in_a_checkout_and_on_an_object_store(
     tmp_path: Path, scenes: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Folder(f"s3://{s3}").fs
-    for bucket in ("team", "in", "out"):
+    for bucket in ("team", "photos", "masks"):
         store.mkdir(bucket)
     store.put(f"{scenes}/", "team/labelled/", recursive=True)
-    for photos in ("team/photos/", "in/photos/"):
+    for photos in ("team/photos/", "photos/2026/"):
         store.put(f"{scenes}/unlabelled/", photos, recursive=True)
     variables = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     walk = Walk(checkout(tmp_path), SMALL, variables)
     assert walk.follow(Page(ROOT / "README.md")) >= 1
-    assert len(store.glob("out/photos/masks/*.png")) == 6
+    assert len(store.glob("masks/2026/masks/**/*.png")) == 6
 
 
 @pytest.mark.slow
@@ -401,7 +401,7 @@ def test_the_guide_to_one_machine_runs_in_a_checkout(tmp_path: Path, scenes: Pat
     shutil.copytree(scenes, folder / "labelled")
     shutil.copytree(scenes / "unlabelled", folder / "photos")
     assert Walk(folder, SMALL).follow(Page(ROOT / "docs/one-gpu-box.md")) >= 4
-    assert len(list((folder / "labels/masks").iterdir())) == 6
+    assert len(list((folder / "labels/masks").rglob("*.png"))) == 6
 
 
 @pytest.mark.slow
