@@ -14,7 +14,7 @@ def command(config: str | None, settings: tuple[str, ...], as_json: bool) -> Non
     """Register the evaluated model in MLflow; it becomes champion if it is shown to be better.
 
     The first model becomes champion. A later one must have a higher mIoU on the same images with a paired bootstrap
-    interval that excludes zero, and no class that loses too much; otherwise it gets the alias challenger.
+    interval that is above zero, and no class that loses too much; otherwise it gets the alias challenger.
     """
     from pipelines.register import register
 

@@ -1,6 +1,6 @@
 """Whether a model becomes champion: what is asked of it, what it has, and a page that says both.
 
-A challenger must be better on the same images: a paired bootstrap over images whose interval excludes zero, and no
+A challenger must be better on the same images: a paired bootstrap over images whose interval is above zero, and no
 class that loses too much. There must be a few images: of one alone the interval has no width, whatever the model. What
 the recipe asks beyond that (least IoU of classes, least retention) is asked of the first model too.
 Shapes: K classes; counts are (images, K).
@@ -99,7 +99,7 @@ def compare(
     checks = (better, enough, Check(asked, loss if dropped else none, not dropped), *others)
     reason = told
     if not better.passed:
-        reason = f"{told} does not exclude zero"
+        reason = f"{told} is not above zero"
     elif not enough.passed:
         reason = f"{told} rests on {images} images; at least {LEAST_IMAGES} are needed to be champion"
     elif refused := [check for check in checks if not check.passed]:

@@ -98,7 +98,7 @@ def test_a_clearly_better_model_wins() -> None:
 def test_a_model_that_is_not_better_loses(right: list[float]) -> None:
     decision = compare(counts_of(right), counts_of([0.8, 0.8, 0.8]), NAMES, GATE)
     assert not decision.promoted
-    assert decision.reason.endswith("does not exclude zero")
+    assert decision.reason.endswith("is not above zero")
 
 
 def test_a_model_that_is_better_on_a_few_images_only_has_not_shown_it() -> None:
@@ -364,7 +364,7 @@ def test_a_worse_second_model_becomes_challenger_and_the_champion_stays(
     registered("first")
     receipt = registered("worse")
     assert (receipt.results["version"], receipt.results["alias"]) == ("2", "challenger")
-    assert "does not exclude zero" in receipt.results["reason"]
+    assert "is not above zero" in receipt.results["reason"]
     assert version_of(client, "champion") == "1"
     challenger = client.get_model_version_by_alias("streets", "challenger")
     assert str(challenger.version) == "2"
@@ -835,7 +835,7 @@ def test_versions_are_listed_newest_first_with_what_the_gate_said(
     found = registry.versions(recipe)
     assert [(v.version, v.aliases) for v in found] == [("3", ("champion",)), ("2", ("challenger",)), ("1", ())]
     assert found[2].reason == "first"
-    assert "does not exclude zero" in found[1].reason
+    assert "is not above zero" in found[1].reason
     assert [v.replaced for v in found] == ["1", "1", ""]
     assert found[0].miou is not None
     assert found[2].miou is not None
